@@ -1,0 +1,352 @@
+"""Names to specs: the shipped YAML, user files and folders, Python registration, and entry points.
+
+A format is looked up by name, by the path of a YAML file, or given as data or as a spec; `find_quantizer` also takes
+the inline variants that recipes use (`{format: mxfp4, scale_rule: floor, block: 16}`). Third-party packages publish
+formats through the entry-point group `microscale.formats`: each entry point loads to a path, a mapping or a FormatSpec.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from microscale.errors import SpecError, unknown_name
+from microscale.spec import document
+from microscale.spec.document import Document, Path_
+from microscale.spec.element import ElementSpec
+from microscale.spec.format import FormatSpec, OuterScaleSpec, ScaleRuleSpec
+from microscale.spec.quantizer import QuantizerSpec
+from microscale.spec.recipe import RecipeSpec
+
+ENTRY_POINTS = "microscale.formats"
+FormatLike = str | Path | Mapping[str, Any] | FormatSpec
+QuantizerLike = FormatLike | QuantizerSpec
+RecipeLike = str | Path | Mapping[str, Any] | RecipeSpec
+
+_FORMAT_KEYS = tuple(FormatSpec.model_fields)
+_VARIANT_KEYS = ("element", "block", "scale", "scale_rule", "outer_scale")
+_QUANTIZER_KEYS = ("rounding", "scale_tile", "hadamard", "outer_scale_mode")
+_NOT_FORMATS = {"elements", "scale_rules"}
+
+_user_formats: dict[str, FormatSpec] = {}
+_user_recipes: dict[str, RecipeSpec] = {}
+
+
+def data_folder(kind: str) -> Path:
+    """Return the folder of the shipped `formats` or `recipes`: inside the wheel, or in the checkout when editable."""
+    package = Path(__file__).resolve().parent.parent
+    packed = package / "_data" / kind
+    return packed if packed.is_dir() else package.parent / kind
+
+
+# -- elements and scale rules: one file each ---------------------------------------------------------------------------
+
+
+@functools.cache
+def _elements() -> dict[str, ElementSpec]:
+    doc = document.read(data_folder("formats") / "elements.yaml")
+    return {name: _element({"name": name, **body}, doc, (name,)) for name, body in doc.data.items()}
+
+
+@functools.cache
+def _scale_rules() -> dict[str, ScaleRuleSpec]:
+    doc = document.read(data_folder("formats") / "scale_rules.yaml")
+    return {name: _scale_rule({"name": name, **body}, doc, (name,)) for name, body in doc.data.items()}
+
+
+def list_elements() -> list[str]:
+    """Return the names of the shipped elements."""
+    return list(_elements())
+
+
+def list_scale_rules() -> list[str]:
+    """Return the names of the scale rules."""
+    return list(_scale_rules())
+
+
+def find_element(source: str | Mapping[str, Any] | ElementSpec) -> ElementSpec:
+    """Return an element by name or from data. Raises UnknownNameError or SpecError."""
+    return _element(source, document.from_data(source, "element"), ())
+
+
+def _element(source: Any, doc: Document, path: Path_) -> ElementSpec:
+    if isinstance(source, ElementSpec):
+        return source
+    if isinstance(source, str):
+        return _by_name("element", source, _elements(), doc, path)
+    fields = tuple(ElementSpec.model_fields)
+    return document.validated(lambda: ElementSpec.model_validate(source), doc, path, fields)
+
+
+def _scale_rule(source: Any, doc: Document, path: Path_) -> ScaleRuleSpec:
+    if isinstance(source, ScaleRuleSpec):
+        return source
+    if isinstance(source, str):
+        return _by_name("scale rule", source, _scale_rules(), doc, path)
+    fields = tuple(ScaleRuleSpec.model_fields)
+    return document.validated(lambda: ScaleRuleSpec.model_validate(source), doc, path, fields)
+
+
+def _by_name(kind: str, name: str, known: Mapping[str, Any], doc: Document, path: Path_) -> Any:
+    if name not in known:
+        error = unknown_name(kind, name, known)
+        error.message = f"{doc.where(path)} {error.message}" if doc.marks else error.message
+        error.args = (error.message, error.hint)
+        raise error
+    return known[name]
+
+
+# -- formats -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _shipped(kind: str) -> dict[str, Path]:
+    folder = data_folder(kind)
+    if not folder.is_dir():
+        raise SpecError(f"the shipped {kind} are missing ({folder})", "reinstall microscale")
+    return {p.stem: p for p in sorted(folder.glob("*.yaml")) if p.stem not in _NOT_FORMATS}
+
+
+@functools.cache
+def _shipped_format(name: str) -> FormatSpec:
+    return _load_format(_shipped("formats")[name])
+
+
+@functools.cache
+def _entry_point_formats() -> dict[str, FormatSpec]:
+    found: dict[str, FormatSpec] = {}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        value = point.load()
+        for spec in _formats_in(value() if isinstance(value, Callable) else value):  # type: ignore[arg-type]
+            found[spec.name] = spec
+    return found
+
+
+def list_formats() -> list[str]:
+    """Return the names of all formats: shipped, from entry points, then registered in this process."""
+    return list(dict.fromkeys([*_shipped("formats"), *_entry_point_formats(), *_user_formats]))
+
+
+def find_format(source: FormatLike) -> FormatSpec:
+    """Return a format by name, by YAML path, from data, or unchanged if it is a spec.
+
+    Raises UnknownNameError for a name nobody registered, SpecError (file, line, reason, hint) for a bad definition.
+    """
+    if isinstance(source, FormatSpec):
+        return source
+    return _format(source, document.from_data(source, "format"), ())
+
+
+def _format(source: Any, doc: Document, path: Path_) -> FormatSpec:
+    if isinstance(source, FormatSpec):
+        return source
+    if isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
+        return _load_format(_relative(source, doc))
+    if isinstance(source, str):
+        if source in _user_formats:
+            return _user_formats[source]
+        if source in _shipped("formats"):
+            return _shipped_format(source)
+        known: dict[str, FormatSpec | None] = {**dict.fromkeys(list_formats()), **_entry_point_formats()}
+        return _by_name("format", source, known, doc, path)
+    if not isinstance(source, Mapping):
+        raise doc.error(path, f"a format is a name, a path or a mapping, not {type(source).__name__}")
+    return _build_format(dict(source), doc, path)
+
+
+def _build_format(data: dict[str, Any], doc: Document, path: Path_) -> FormatSpec:
+    for key in ("name", "element", "block", "scale", "scale_rule"):
+        if key not in data:
+            raise doc.error(path, f"missing key {key!r}", "a format needs name, element, block, scale, scale_rule")
+    data = _resolve_parts(data, doc, path)
+    return document.validated(lambda: FormatSpec(**data), doc, path, _FORMAT_KEYS)
+
+
+def _resolve_parts(data: Mapping[str, Any], doc: Document, path: Path_) -> dict[str, Any]:
+    """Replace the names and mappings of element, scale, scale_rule and outer_scale by specs."""
+    made = dict(data)
+    if "element" in made:
+        made["element"] = _element(made["element"], doc, (*path, "element"))
+    if "scale" in made:
+        made["scale"] = _element(made["scale"], doc, (*path, "scale"))
+    if "scale_rule" in made:
+        made["scale_rule"] = _scale_rule(made["scale_rule"], doc, (*path, "scale_rule"))
+    if made.get("outer_scale") is not None:
+        raw, where = made["outer_scale"], (*path, "outer_scale")
+        fields = tuple(OuterScaleSpec.model_fields)
+        made["outer_scale"] = document.validated(lambda: OuterScaleSpec.model_validate(raw), doc, where, fields)
+    return made
+
+
+def _load_format(path: Path) -> FormatSpec:
+    doc = document.read(path)
+    if not isinstance(doc.data, dict):
+        raise doc.error((), "a format file is a mapping")
+    spec = _build_format(doc.data, doc, ())
+    if spec.name != path.stem:
+        raise doc.error(("name",), f"name {spec.name!r} in a file called {path.name}", f"rename one: {spec.name}.yaml")
+    return spec
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text or "\\" in text or text.endswith((".yaml", ".yml"))
+
+
+def _relative(source: str | Path, doc: Document) -> Path:
+    """A path inside a YAML file is relative to that file."""
+    path = Path(source).expanduser()
+    beside = Path(doc.origin).parent / path
+    return beside if doc.marks and not path.is_absolute() and beside.exists() else path
+
+
+def _formats_in(source: FormatLike) -> Iterator[FormatSpec]:
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        for path in sorted(Path(source).glob("*.yaml")):
+            yield _load_format(path)
+    else:
+        yield find_format(source)
+
+
+def register_format(source: FormatLike, *, replace: bool = False) -> list[FormatSpec]:
+    """Make formats known by name: a spec, data, a YAML file, or a folder of them. Returns what was registered.
+
+    Raises SpecError if a name is taken by a different definition and `replace` is not set.
+    """
+    added = list(_formats_in(source))
+    for spec in added:
+        if not replace and spec.name in list_formats() and find_format(spec.name) != spec:
+            raise SpecError(
+                f"format {spec.name!r} exists with another definition", "choose another name, or pass replace=True"
+            )
+    _user_formats.update({spec.name: spec for spec in added})
+    return added
+
+
+def _taken(kind: str, name: str) -> SpecError:
+    return SpecError(f"{kind} {name!r} exists with another definition", "choose another name, or pass replace=True")
+
+
+# -- quantizers --------------------------------------------------------------------------------------------------------
+
+
+def find_quantizer(source: QuantizerLike, **changes: Any) -> QuantizerSpec:
+    """Return the quantizer for a format name, path, spec, mapping, or an inline variant, with `changes` applied.
+
+    `changes` are any of element, block, scale, scale_rule, outer_scale (they make a variant of the format) and
+    rounding, scale_tile, hadamard, outer_scale_mode; None means unchanged.
+    """
+    changes = {k: v for k, v in changes.items() if v is not None}
+    if not changes and isinstance(source, str) and source in _shipped("formats") and source not in _user_formats:
+        return _plain_quantizer(source)
+    doc = document.from_data(source, "quantizer")
+    base = _quantizer(source, doc, ())
+    return base if not changes else _changed(base, changes, doc, ())
+
+
+@functools.cache
+def _plain_quantizer(name: str) -> QuantizerSpec:
+    return QuantizerSpec(format=_shipped_format(name))
+
+
+def _quantizer(source: Any, doc: Document, path: Path_) -> QuantizerSpec:
+    if isinstance(source, QuantizerSpec):
+        return source
+    if isinstance(source, Mapping) and "format" in source:
+        fmt = _format(source["format"], doc, (*path, "format"))
+        changes = {k: v for k, v in source.items() if k != "format"}
+        return _changed(QuantizerSpec(format=fmt), changes, doc, path)
+    return QuantizerSpec(format=_format(source, doc, path))
+
+
+def _changed(base: QuantizerSpec, changes: Mapping[str, Any], doc: Document, path: Path_) -> QuantizerSpec:
+    known = (*_VARIANT_KEYS, *_QUANTIZER_KEYS)
+    for key in changes:
+        if key not in known:
+            raise doc.error(
+                (*path, key), f"unknown key {key!r}", document._explain({"type": "extra_forbidden"}, (key,), known)[1]
+            )
+    parts = _resolve_parts({k: v for k, v in changes.items() if k in _VARIANT_KEYS}, doc, path)
+    own = {k: v for k, v in changes.items() if k in _QUANTIZER_KEYS}
+
+    def build() -> QuantizerSpec:
+        try:
+            fmt = base.format.variant(**parts)
+        except ValueError as error:  # pydantic's ValidationError is one too, but carries its own position
+            if type(error) is ValueError:
+                raise doc.error(path, str(error)) from None
+            raise
+        kept = {name: getattr(base, name) for name in _QUANTIZER_KEYS}
+        return QuantizerSpec(format=fmt, **{**kept, **own})
+
+    return document.validated(build, doc, path, known)
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+def list_recipes() -> list[str]:
+    """Return the names of all recipes: shipped, then registered in this process."""
+    return list(dict.fromkeys([*_shipped("recipes"), *_user_recipes]))
+
+
+def find_recipe(source: RecipeLike) -> RecipeSpec:
+    """Return a recipe by name, by YAML path, from data, or unchanged if it is a spec. Raises as `find_format` does."""
+    if isinstance(source, RecipeSpec):
+        return source
+    if isinstance(source, Mapping):
+        return _build_recipe(source, document.from_data(source, "recipe"))
+    if isinstance(source, Path) or _is_path(source):
+        return _load_recipe(Path(source).expanduser())
+    if source in _user_recipes:
+        return _user_recipes[source]
+    if source in _shipped("recipes"):
+        return _load_recipe(_shipped("recipes")[source])
+    raise unknown_name("recipe", source, list_recipes(), hint="a path to a YAML file works too")
+
+
+def register_recipe(source: RecipeLike, *, replace: bool = False) -> RecipeSpec:
+    """Make a recipe known by name. Raises SpecError if the name is taken by another and `replace` is not set."""
+    spec = find_recipe(source)
+    if not replace and spec.name in list_recipes() and find_recipe(spec.name) != spec:
+        raise SpecError(
+            f"recipe {spec.name!r} exists with another definition", "choose another name, or pass replace=True"
+        )
+    _user_recipes[spec.name] = spec
+    return spec
+
+
+def _load_recipe(path: Path) -> RecipeSpec:
+    doc = document.read(path)
+    spec = _build_recipe(doc.data, doc)
+    if spec.name != path.stem:
+        raise doc.error(("name",), f"name {spec.name!r} in a file called {path.name}", f"rename one: {spec.name}.yaml")
+    return spec
+
+
+def _build_recipe(data: Any, doc: Document) -> RecipeSpec:
+    if not isinstance(data, Mapping):
+        raise doc.error((), "a recipe is a mapping")
+    raw = data.get("quantizers")
+    if not isinstance(raw, Mapping):
+        raise doc.error(("quantizers",), "a recipe needs 'quantizers': a mapping of name to quantizer")
+    made = {name: _quantizer(body, doc, ("quantizers", name)) for name, body in raw.items()}
+    fields = tuple(RecipeSpec.model_fields)
+    return document.validated(lambda: RecipeSpec.model_validate({**data, "quantizers": made}), doc, (), fields)
+
+
+def _check_files(names: list[str]) -> None:
+    """Load the named YAML files, or everything that ships; the pre-commit hook calls this."""
+    paths = [Path(n) for n in names] or [*_shipped("formats").values(), *_shipped("recipes").values()]
+    _elements(), _scale_rules()
+    for path in paths:
+        if path.stem not in _NOT_FORMATS:
+            (_load_recipe if path.parent.name == "recipes" else _load_format)(path)
+
+
+if __name__ == "__main__":
+    import sys
+
+    _check_files(sys.argv[1:])
