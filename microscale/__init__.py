@@ -1,0 +1,104 @@
+"""microscale: one framework for every microscaling format (MXFP8, MXFP6, MXFP4, MXINT8, NVFP4, and the next one).
+
+    import microscale as ms
+
+    q = ms.quantize(w, "nvfp4")                       # a BlockScaledTensor
+    y = torch.nn.functional.linear(x, q)              # weight-only; the dispatcher chooses the kernel
+    print(ms.explain("matmul", x, q))                 # what runs, and why not the others
+    print(ms.plan(model, "nvfp4_dynamic"))            # per layer: rule, format, bytes before and after
+    ms.quantize_(model, "nvfp4_dynamic")
+
+Every public name is listed here and loaded on first use, so `import microscale` costs nothing and the command line can
+list formats without importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    # spec: no torch
+    "ElementSpec": "microscale.spec.element",
+    "FormatSpec": "microscale.spec.format",
+    "QuantizerSpec": "microscale.spec.quantizer",
+    "RecipeSpec": "microscale.spec.recipe",
+    "find_element": "microscale.spec.registry",
+    "find_format": "microscale.spec.registry",
+    "find_quantizer": "microscale.spec.registry",
+    "find_recipe": "microscale.spec.registry",
+    "list_elements": "microscale.spec.registry",
+    "list_formats": "microscale.spec.registry",
+    "list_recipes": "microscale.spec.registry",
+    "register_format": "microscale.spec.registry",
+    "register_recipe": "microscale.spec.registry",
+    "schema": "microscale.spec.schema",
+    "MicroscaleError": "microscale.errors",
+    # tensors and operations
+    "BlockScaledTensor": "microscale.tensor",
+    "quantize": "microscale.ops.api",
+    "dequantize": "microscale.ops.api",
+    "encode": "microscale.ops.api",
+    "decode_table": "microscale.ops.api",
+    "explain": "microscale.ops.api",
+    "matmul": "microscale.ops.compute",
+    "grouped_matmul": "microscale.ops.compute",
+    "linear": "microscale.ops.compute",
+    "hadamard": "microscale.numerics.hadamard",
+    "strict": "microscale.dispatch",
+    "use_backend": "microscale.dispatch",
+    # models and checkpoints
+    "plan": "microscale.nn.plan",
+    "quantize_": "microscale.nn.convert",
+    "save": "microscale.interop",
+    "load": "microscale.interop",
+    "inspect": "microscale.interop",
+    "quantize_checkpoint": "microscale.interop",
+    "compare": "microscale.report",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'microscale' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from microscale.dispatch import strict, use_backend
+    from microscale.errors import MicroscaleError
+    from microscale.interop import inspect, load, quantize_checkpoint, save
+    from microscale.nn.convert import quantize_
+    from microscale.nn.plan import plan
+    from microscale.numerics.hadamard import hadamard
+    from microscale.ops.api import decode_table, dequantize, encode, explain, quantize
+    from microscale.ops.compute import grouped_matmul, linear, matmul
+    from microscale.report import compare
+    from microscale.spec.element import ElementSpec
+    from microscale.spec.format import FormatSpec
+    from microscale.spec.quantizer import QuantizerSpec
+    from microscale.spec.recipe import RecipeSpec
+    from microscale.spec.registry import (
+        find_element,
+        find_format,
+        find_quantizer,
+        find_recipe,
+        list_elements,
+        list_formats,
+        list_recipes,
+        register_format,
+        register_recipe,
+    )
+    from microscale.spec.schema import schema
+    from microscale.tensor import BlockScaledTensor

@@ -1,0 +1,220 @@
+"""`quantize`, `dequantize`, `encode`, `decode_table`, `explain`: the functions behind the public names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict, Unpack
+
+import torch
+
+from microscale import dispatch
+from microscale.errors import InputError, unknown_name
+from microscale.numerics import codec, layout, rounding
+from microscale.ops import library
+from microscale.spec.element import ElementSpec
+from microscale.spec.quantizer import QuantizerSpec
+from microscale.spec.registry import QuantizerLike, find_element, find_quantizer
+from microscale.tensor import BlockScaledTensor, Meta
+
+Generator = torch.Generator | int | tuple[int, int] | torch.Tensor
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class QuantizerChanges(TypedDict, total=False):
+    """What may be changed in a named format or quantizer, as in a recipe's YAML; None means unchanged."""
+
+    element: str | Mapping[str, Any] | ElementSpec | None
+    block: int | None
+    scale: str | Mapping[str, Any] | ElementSpec | None
+    scale_rule: str | Mapping[str, Any] | None
+    rounding: str | None
+    scale_tile: tuple[int, int] | None
+    hadamard: int | Mapping[str, Any] | None
+    outer_scale_mode: str | None
+
+
+def quantize(
+    x: torch.Tensor,
+    format: QuantizerLike,
+    *,
+    axis: int = -1,
+    layout: str = layout.STRIDED,
+    amax: torch.Tensor | float | None = None,
+    outer_scale: torch.Tensor | float | None = None,
+    generator: Generator | None = None,
+    **changes: Unpack[QuantizerChanges],
+) -> BlockScaledTensor:
+    """Quantize a tensor to a format.
+
+    Args:
+        x: float32, bfloat16 or float16 of any rank >= 1, any strides, empty included; the blocks run along `axis`,
+            which need not be a multiple of the block (padded inside).
+        format: a name, a YAML path, a mapping, a FormatSpec or a QuantizerSpec.
+        axis: the blocked dimension.
+        layout: of the scales: "strided" or "swizzle_32_4_4".
+        amax: FP32, for formats with an outer scale: the magnitude it is computed from, in place of x's own. Shape ()
+            for one per tensor, [..., R, 1] per row, [..., 1, 1] per expert.
+        outer_scale: FP32 decode scale to use as it is, same shapes. Not together with `amax`.
+        generator: for stochastic rounding: a torch.Generator, an int seed, or a (seed, offset) pair.
+        **changes: scale_rule, block, scale_tile, rounding, hadamard, element, scale, outer_scale_mode: a variant of
+            the format, as in a recipe.
+
+    Returns:
+        A BlockScaledTensor with x's shape, dtype and device. It does not carry gradients.
+
+    Raises:
+        InputError: wrong dtype or rank, amax or outer_scale for a format without an outer scale, a missing seed.
+        SpecError: unknown format or impossible variant.
+
+    With a Hadamard transform, `dequantize()` gives the transformed values; `microscale.hadamard` undoes it.
+    """
+    spec = find_quantizer(format, **changes)
+    _check_input(x, axis, layout)
+    _check_outer(spec, amax, outer_scale)
+    rows = x.detach().movedim(axis, -1)
+    if spec.hadamard is not None and x.shape[axis] % spec.hadamard.size:
+        raise InputError(
+            f"Hadamard size {spec.hadamard.size} needs a multiple of it along the blocked axis, got {x.shape[axis]}",
+            "pad with torch.nn.functional.pad",
+        )
+    seed = rounding.seed_from(generator, x.device) if spec.rounding == "stochastic" else None
+    given = [_outer_operand(t, rows, axis) for t in (amax, outer_scale)]
+    qdata, scale, outer = torch.ops.microscale.quantize(rows, spec.key, *given, seed, layout)
+    outer = None if spec.format.outer_scale is None else outer
+    if axis not in (-1, x.dim() - 1):
+        qdata = qdata.movedim(-1, axis)
+        scale = scale.movedim(-1, axis) if layout == "strided" else scale
+        outer = outer.movedim(-1, axis) if outer is not None and outer.dim() else outer
+    meta = Meta(spec.format, axis if axis < 0 else axis - x.dim(), layout)
+    return BlockScaledTensor(qdata, scale, outer, meta, x.shape, x.dtype)
+
+
+def _check_input(x: torch.Tensor, axis: int, scale_layout: str) -> None:
+    if isinstance(x, BlockScaledTensor):
+        raise InputError(f"already quantized: {x.format.name}", "quantize the original, or dequantize() first")
+    if not isinstance(x, torch.Tensor):
+        raise InputError(f"quantize takes a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in INPUT_DTYPES:
+        raise InputError(f"quantize takes float32, bfloat16 or float16, got {x.dtype}", "convert with x.float()")
+    if x.dim() == 0:
+        raise InputError("a tensor of rank 0 has no axis to put blocks along", "use x.reshape(1)")
+    if not -x.dim() <= axis < x.dim():
+        raise InputError(f"axis {axis} of a tensor of rank {x.dim()}")
+    if scale_layout not in layout.LAYOUTS:
+        raise unknown_name("scale layout", scale_layout, layout.LAYOUTS)
+
+
+def _check_outer(spec: QuantizerSpec, amax: object, outer_scale: object) -> None:
+    if spec.format.outer_scale is None and (amax is not None or outer_scale is not None):
+        raise InputError(f"{spec.format.name} has no outer scale to set", "leave out amax and outer_scale")
+    if amax is not None and outer_scale is not None:
+        raise InputError("amax and outer_scale both given", "give one: the outer scale follows from amax")
+    if spec.outer_scale_mode == "static" and amax is None and outer_scale is None:
+        raise InputError(
+            f"{spec.name} has a static outer scale and none was given",
+            "pass amax=... from calibration, or use outer_scale_mode='dynamic'",
+        )
+
+
+def _outer_operand(value: torch.Tensor | float | None, rows: torch.Tensor, axis: int) -> torch.Tensor | None:
+    """An amax or outer scale as FP32 on x's device, in the orientation that has the blocked axis last."""
+    if value is None:
+        return None
+    tensor = torch.as_tensor(value, dtype=torch.float32, device=rows.device)
+    if tensor.numel() == 1 and tensor.dim() != rows.dim():
+        return tensor.reshape(())
+    if tensor.dim() not in (0, rows.dim()):
+        raise InputError(
+            f"amax or outer_scale of shape {list(tensor.shape)} for a tensor of rank {rows.dim()}",
+            "use shape () or one dimension per dimension",
+        )
+    tensor = tensor.movedim(axis, -1) if tensor.dim() else tensor
+    if any(n not in (1, size) for n, size in zip(tensor.shape, (*rows.shape[:-1], 1), strict=tensor.dim() > 0)):
+        raise InputError(
+            f"amax or outer_scale of shape {list(tensor.shape)} does not fit {list(rows.shape)}",
+            "it has size 1 along the blocked axis",
+        )
+    return tensor
+
+
+def dequantize(q: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return the values of a BlockScaledTensor as a plain tensor, same shape.
+
+    Computed in FP32 as (code * scale) * outer_scale and rounded once to `dtype` (default: q.dtype), one of float32,
+    bfloat16, float16. Raises InputError for a plain tensor or another dtype.
+    """
+    if not isinstance(q, BlockScaledTensor):
+        raise InputError(f"dequantize takes a BlockScaledTensor, got {type(q).__name__}")
+    dtype = q.dtype if dtype is None else dtype
+    if dtype not in INPUT_DTYPES:
+        raise InputError(f"dequantize gives float32, bfloat16 or float16, not {dtype}", "convert the result")
+    axis = q.block_axis
+    qdata, outer = q.qdata.movedim(axis, -1), q.outer_scale
+    scale = q.scale.movedim(axis, -1) if q.scale_layout == layout.STRIDED else q.scale
+    outer = outer.movedim(axis, -1) if outer is not None and outer.dim() else outer
+    values = torch.ops.microscale.dequantize(qdata, scale, outer, q.format.key, q.shape[axis], q.scale_layout, dtype)
+    return values.movedim(-1, axis)
+
+
+def encode(x: torch.Tensor, element: str | Mapping[str, Any] | ElementSpec) -> torch.Tensor:
+    """Return the codes of x (float32, bfloat16, float16), rounded to nearest even and saturated: uint8, shape of x.
+
+    +-Inf saturates; NaN gives the element's NaN code, or +max where it has none. Raises InputError for other dtypes.
+    """
+    if x.dtype not in INPUT_DTYPES:
+        raise InputError(f"encode takes float32, bfloat16 or float16, got {x.dtype}", "convert with x.float()")
+    return codec.encode(x.to(torch.float32), find_element(element))
+
+
+def decode_table(element: str | Mapping[str, Any] | ElementSpec) -> torch.Tensor:
+    """Return the value of every code: float32 [2**bits]. Raises InputError for 16- and 32-bit elements."""
+    return codec.decode_table(find_element(element)).clone()
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> dispatch.Explanation:
+    """Say which kernel would run an op, and why each other one would not. Touches no data.
+
+    Forms: ("quantize", x, format, **changes), ("dequantize", q, dtype=None), ("matmul", x, w) for `x @ w.T` as a
+    linear layer computes it, ("grouped_matmul", x, w); or ("matmul", problem) with a `dispatch.Problem`.
+    Raises UnknownNameError for another op.
+    """
+    if args and isinstance(args[0], dispatch.Problem):
+        return dispatch.explain_problem(args[0])
+    builders: dict[str, Callable[..., dispatch.Problem]] = {
+        "quantize": _quantize_problem,
+        "dequantize": _dequantize_problem,
+    }
+    if op in builders:
+        return dispatch.explain_problem(builders[op](*args, **kwargs))
+    if op in ("matmul", "grouped_matmul"):
+        return dispatch.explain_problem(_matmul_problem(op, *args, **kwargs))
+    raise unknown_name("op", op, [k.op for k in dispatch.kernels()])
+
+
+def _quantize_problem(x: torch.Tensor, format: QuantizerLike, **changes: Any) -> dispatch.Problem:
+    scale_layout = changes.pop("layout", layout.STRIDED)
+    axis = changes.pop("axis", -1)
+    given = changes.pop("amax", None) is not None or changes.pop("outer_scale", None) is not None
+    return library.quantize_problem(x.movedim(axis, -1), find_quantizer(format, **changes), given, scale_layout)
+
+
+def _dequantize_problem(q: BlockScaledTensor, dtype: torch.dtype | None = None) -> dispatch.Problem:
+    rows, axis = q.qdata.movedim(q.block_axis, -1), q.block_axis
+    return library.dequantize_problem(
+        rows, q.format, q.shape[axis], q.scale_layout, q.dtype if dtype is None else dtype
+    )
+
+
+def _matmul_problem(
+    op: str, x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype | None = None
+) -> dispatch.Problem:
+    rows = tuple(_dispatch_operand(t) for t in (x, w.transpose(-1, -2)))
+    dtype = library.dtype_name(x.dtype if out_dtype is None else out_dtype)
+    return dispatch.Problem(op, rows, x.device.type, library.capability(x.device), None, dtype)
+
+
+def _dispatch_operand(t: torch.Tensor) -> dispatch.Operand:
+    if not isinstance(t, BlockScaledTensor):
+        return dispatch.Operand(tuple(t.shape), library.dtype_name(t.dtype))
+    outer = None if t.outer_scale is None else "scalar" if t.outer_scale.numel() == 1 else "vector"
+    return dispatch.Operand(tuple(t.shape), "uint8", t.format, t.block_axis, t.scale_layout, outer)

@@ -1,0 +1,232 @@
+"""The torch.library definitions: schema, fake, and an implementation that asks the dispatcher.
+
+Specs cross the boundary as their canonical text; an absent outer scale comes back as an empty tensor, because a schema
+has no optional returns. All ops are functional and their outputs own their memory.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from microscale import dispatch
+from microscale.kernels.reference.matmul import Operand as KernelOperand
+from microscale.kernels.reference.matmul import Parts
+from microscale.numerics import layout
+from microscale.spec.format import FormatSpec
+from microscale.spec.quantizer import QuantizerSpec
+from microscale.tensor import Meta
+
+LIBRARY = torch.library.Library("microscale", "FRAGMENT")
+_OPERAND = "Tensor {0}, Tensor? {0}_scale, Tensor? {0}_outer, str {0}_meta, SymInt {0}_size"
+
+LIBRARY.define(
+    "quantize(Tensor x, str spec, Tensor? amax, Tensor? outer_scale, Tensor? seed, str layout) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "dequantize(Tensor qdata, Tensor scale, Tensor? outer_scale, str format, SymInt columns, str layout, "
+    "ScalarType dtype) -> Tensor"
+)
+LIBRARY.define(f"matmul({_OPERAND.format('a')}, {_OPERAND.format('b')}, Tensor? bias, ScalarType out_dtype) -> Tensor")
+LIBRARY.define(
+    f"grouped_matmul({_OPERAND.format('a')}, {_OPERAND.format('b')}, Tensor offsets, ScalarType out_dtype) -> Tensor"
+)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a CUDA device, else None."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_meta(text: str) -> Meta:
+    """Return the Meta of its text, one object per text."""
+    return Meta.unpack(text)
+
+
+# -- quantize ----------------------------------------------------------------------------------------------------------
+
+
+def quantize_problem(x: torch.Tensor, spec: QuantizerSpec, given: bool, scale_layout: str) -> dispatch.Problem:
+    """Describe a quantize call. `given`: the outer scale or its amax comes with the call."""
+    operand = dispatch.Operand(tuple(x.shape), dtype_name(x.dtype), outer="given" if given else None)
+    device = x.device
+    return dispatch.Problem("quantize", (operand,), device.type, capability(device), spec, None, scale_layout)
+
+
+@torch.library.impl(LIBRARY, "quantize", "CompositeExplicitAutograd")
+def _quantize(
+    x: torch.Tensor,
+    spec: str,
+    amax: torch.Tensor | None,
+    outer_scale: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scale_layout: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    quantizer = QuantizerSpec.from_key(spec)
+    given = amax is not None or outer_scale is not None
+    entry = dispatch.select(quantize_problem(x, quantizer, given, scale_layout))
+    qdata, scale, outer = entry.run(x, quantizer, amax, outer_scale, seed, scale_layout)
+    return qdata, scale, x.new_empty(0, dtype=torch.float32) if outer is None else outer
+
+
+@torch.library.register_fake("microscale::quantize", lib=LIBRARY)
+def _quantize_fake(
+    x: torch.Tensor,
+    spec: str,
+    amax: torch.Tensor | None,
+    outer_scale: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scale_layout: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    fmt = QuantizerSpec.from_key(spec).format
+    blocks, rows = -(-x.shape[-1] // fmt.block), x.shape[:-1]
+    qdata = x.new_empty((*rows, blocks * fmt.block_bytes), dtype=torch.uint8)
+    dtype = torch.uint8 if fmt.scale.torch_dtype is None else getattr(torch, fmt.scale.torch_dtype)
+    shape: tuple[int, ...] = (*rows, blocks)
+    if scale_layout == layout.SWIZZLED:
+        full_rows, full_columns = layout.padded(rows[-1] if rows else 1, blocks)
+        shape = (*rows[:-1], full_rows * full_columns)
+    return (
+        qdata,
+        x.new_empty(shape, dtype=dtype),
+        x.new_empty(_outer_shape(x, fmt, outer_scale, amax), dtype=torch.float32),
+    )
+
+
+def _outer_shape(
+    x: torch.Tensor, fmt: FormatSpec, outer_scale: torch.Tensor | None, amax: torch.Tensor | None
+) -> tuple[int, ...]:
+    if fmt.outer_scale is None:
+        return (0,)
+    given = outer_scale if outer_scale is not None else amax
+    if given is not None:
+        return tuple(given.shape)
+    shapes = {"tensor": (), "row": (*x.shape[:-1], 1), "expert": (*x.shape[:-2], *(1,) * min(2, x.dim()))}
+    return shapes[fmt.outer_scale.per]
+
+
+# -- dequantize --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.impl(LIBRARY, "dequantize", "CompositeExplicitAutograd")
+def _dequantize(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    outer_scale: torch.Tensor | None,
+    fmt: str,
+    columns: int,
+    scale_layout: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    spec = FormatSpec.from_key(fmt)
+    entry = dispatch.select(dequantize_problem(qdata, spec, columns, scale_layout, dtype))
+    return entry.run(qdata, scale, outer_scale, spec, columns, scale_layout, dtype)
+
+
+def dequantize_problem(
+    qdata: torch.Tensor, fmt: FormatSpec, columns: int, scale_layout: str, dtype: torch.dtype
+) -> dispatch.Problem:
+    """Describe a dequantize call."""
+    operand = dispatch.Operand((*qdata.shape[:-1], columns), "uint8", fmt, -1, scale_layout)
+    device = qdata.device
+    return dispatch.Problem(
+        "dequantize", (operand,), device.type, capability(device), None, dtype_name(dtype), scale_layout
+    )
+
+
+@torch.library.register_fake("microscale::dequantize", lib=LIBRARY)
+def _dequantize_fake(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    outer_scale: torch.Tensor | None,
+    fmt: str,
+    columns: int,
+    scale_layout: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return qdata.new_empty((*qdata.shape[:-1], columns), dtype=dtype)
+
+
+# -- matmul ------------------------------------------------------------------------------------------------------------
+
+
+def _operand(
+    data: torch.Tensor, scale: torch.Tensor | None, outer: torch.Tensor | None, meta: str, size: int
+) -> tuple[KernelOperand, dispatch.Operand]:
+    """Return what the kernel gets and what the dispatcher looks at."""
+    if scale is None:
+        return data, dispatch.Operand(tuple(data.shape), dtype_name(data.dtype))
+    parsed = parse_meta(meta)
+    shape = list(data.shape)
+    shape[parsed.axis] = size
+    kind = None if outer is None else "scalar" if outer.numel() == 1 else "vector"
+    row = dispatch.Operand(tuple(shape), "uint8", parsed.format, parsed.axis, parsed.layout, kind)
+    return Parts(data, scale, outer, parsed.format, parsed.axis, size, parsed.layout), row
+
+
+def _run(
+    op: str, a: tuple[object, ...], b: tuple[object, ...], extra: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    first, first_row = _operand(*a)  # type: ignore[arg-type]
+    second, second_row = _operand(*b)  # type: ignore[arg-type]
+    device = a[0].device  # type: ignore[attr-defined]
+    problem = dispatch.Problem(op, (first_row, second_row), device.type, capability(device), None, dtype_name(dtype))
+    return dispatch.select(problem).run(first, second, extra, dtype)
+
+
+@torch.library.impl(LIBRARY, "matmul", "CompositeExplicitAutograd")
+def _matmul(
+    a: torch.Tensor, a_scale: torch.Tensor | None, a_outer: torch.Tensor | None, a_meta: str, a_size: int,
+    b: torch.Tensor, b_scale: torch.Tensor | None, b_outer: torch.Tensor | None, b_meta: str, b_size: int,
+    bias: torch.Tensor | None, out_dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    return _run("matmul", (a, a_scale, a_outer, a_meta, a_size), (b, b_scale, b_outer, b_meta, b_size), bias, out_dtype)
+
+
+@torch.library.impl(LIBRARY, "grouped_matmul", "CompositeExplicitAutograd")
+def _grouped_matmul(
+    a: torch.Tensor, a_scale: torch.Tensor | None, a_outer: torch.Tensor | None, a_meta: str, a_size: int,
+    b: torch.Tensor, b_scale: torch.Tensor | None, b_outer: torch.Tensor | None, b_meta: str, b_size: int,
+    offsets: torch.Tensor, out_dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    first, second = (a, a_scale, a_outer, a_meta, a_size), (b, b_scale, b_outer, b_meta, b_size)
+    return _run("grouped_matmul", first, second, offsets, out_dtype)
+
+
+def _logical(data: torch.Tensor, scale: torch.Tensor | None, meta: str, size: int) -> list[int]:
+    shape = list(data.shape)
+    if scale is not None:
+        shape[parse_meta(meta).axis] = size
+    return shape
+
+
+@torch.library.register_fake("microscale::matmul", lib=LIBRARY)
+def _matmul_fake(
+    a: torch.Tensor, a_scale: torch.Tensor | None, a_outer: torch.Tensor | None, a_meta: str, a_size: int,
+    b: torch.Tensor, b_scale: torch.Tensor | None, b_outer: torch.Tensor | None, b_meta: str, b_size: int,
+    bias: torch.Tensor | None, out_dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    left, right = _logical(a, a_scale, a_meta, a_size), _logical(b, b_scale, b_meta, b_size)
+    lead = torch.broadcast_shapes(tuple(left[:-2]), tuple(right[:-2])) if len(left) > 2 or len(right) > 2 else ()
+    rows = (left[-2],) if len(left) > 1 else ()
+    columns = (right[-1],) if len(right) > 1 else ()
+    return a.new_empty((*lead, *rows, *columns), dtype=out_dtype)
+
+
+@torch.library.register_fake("microscale::grouped_matmul", lib=LIBRARY)
+def _grouped_matmul_fake(
+    a: torch.Tensor, a_scale: torch.Tensor | None, a_outer: torch.Tensor | None, a_meta: str, a_size: int,
+    b: torch.Tensor, b_scale: torch.Tensor | None, b_outer: torch.Tensor | None, b_meta: str, b_size: int,
+    offsets: torch.Tensor, out_dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    left, right = _logical(a, a_scale, a_meta, a_size), _logical(b, b_scale, b_meta, b_size)
+    return a.new_empty((left[0], right[-1]), dtype=out_dtype)

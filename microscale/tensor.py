@@ -1,0 +1,238 @@
+"""`BlockScaledTensor`: the one wrapper subclass, for every format, layout and axis.
+
+    value[..., i] = (decode(qdata)[..., i] * decode(scale)[..., i // block]) * outer_scale       along `meta.axis`
+
+Parts and their shapes for a logical tensor [..., R, K] blocked along the last axis (for another axis, the same
+dimensions moved there):
+  qdata        uint8 [..., R, ceil(K/block) * block bytes]; K is padded inside to whole blocks, shape stays logical
+  scale        [..., R, ceil(K/block)] (layout strided) or one swizzle_32_4_4 blob per matrix [..., n]; uint8 codes, or
+               float32/bfloat16 for a scale dtype of that width
+  outer_scale  float32, shape () or one dimension per logical dimension, broadcastable to the scales; None counts as 1
+
+The subclass law: `op(q).dequantize()` equals `op(q.dequantize())`, or the op raises and names the way out. The ops it
+takes are a closed list (`microscale.ops.aten`); nothing dequantizes on its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from microscale.errors import InputError
+from microscale.numerics import codec, layout, packing
+from microscale.spec.format import FormatSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What the bytes mean: the format, the blocked dimension (negative index), and how the scales are laid out."""
+
+    format: FormatSpec
+    axis: int = -1
+    layout: str = layout.STRIDED
+
+    def pack(self) -> str:
+        """Return one line of text that `unpack` reads; it crosses operator and pickle boundaries."""
+        return f"{self.axis}|{self.layout}|{self.format.key}"
+
+    @staticmethod
+    def unpack(text: str) -> Meta:
+        """Return the Meta that `pack` wrote."""
+        axis, scale_layout, key = text.split("|", 2)
+        return Meta(FormatSpec.from_key(key), int(axis), scale_layout)
+
+
+class BlockScaledTensor(torch.Tensor):
+    """A tensor stored as block-scaled codes. Make one with `microscale.quantize`; see the module for the layout."""
+
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    outer_scale: torch.Tensor | None
+    meta: Meta
+
+    @staticmethod
+    def __new__(
+        cls: type[BlockScaledTensor],
+        qdata: torch.Tensor,
+        scale: torch.Tensor,
+        outer_scale: torch.Tensor | None,
+        meta: Meta,
+        shape: tuple[int, ...] | torch.Size,
+        dtype: torch.dtype,
+    ) -> BlockScaledTensor:
+        """Wrap parts; `shape` is logical, `dtype` what `dequantize()` gives. Unchecked: `quantize` is the door."""
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), strides=_strides(tuple(shape), qdata), dtype=dtype, device=qdata.device
+        )
+        self.qdata, self.scale, self.outer_scale, self.meta = qdata, scale, outer_scale, meta
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take the arguments of `__new__`."""
+
+    # -- the format --
+
+    @property
+    def format(self) -> FormatSpec:
+        """The format of the stored bytes."""
+        return self.meta.format
+
+    @property
+    def block_axis(self) -> int:
+        """The blocked dimension, as a negative index."""
+        return self.meta.axis
+
+    @property
+    def scale_layout(self) -> str:
+        """`strided` or `swizzle_32_4_4`."""
+        return self.meta.layout
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of qdata, scales and outer scale together."""
+        parts = [self.qdata, self.scale] + ([] if self.outer_scale is None else [self.outer_scale])
+        return sum(t.numel() * t.element_size() for t in parts)
+
+    # -- reading --
+
+    def codes(self) -> torch.Tensor:
+        """Return the element codes, unpacked: uint8, the logical shape (ints are two's complement in the low bits)."""
+        axis = self.meta.axis
+        rows = self.qdata.movedim(axis, -1)
+        return packing.unpack(rows, self.format.element.width, self.shape[axis]).movedim(-1, axis)
+
+    def scales(self) -> torch.Tensor:
+        """Return the decoded block scales: float32, the logical shape with the blocked dimension ceil(K/block) long.
+
+        The outer scale is not in it.
+        """
+        return codec.decode(self.strided_scale(), self.format.scale)
+
+    def strided_scale(self) -> torch.Tensor:
+        """Return the stored scales in layout `strided`, unswizzled if they are blobs."""
+        if self.meta.layout == layout.STRIDED:
+            return self.scale
+        axis = self.meta.axis
+        rows = list(self.shape)
+        size = rows.pop(axis)
+        blocks = -(-size // self.format.block)
+        matrix = layout.unswizzle(self.scale, rows[-1] if rows else 1, blocks)
+        return matrix.reshape(*rows, blocks).movedim(-1, axis)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the values as a plain tensor of `dtype` (default: the tensor's own), rounded once from FP32."""
+        from microscale import ops
+
+        return ops.dequantize(self, dtype)
+
+    # -- other forms of the same values --
+
+    def to_layout(self, scale_layout: str) -> BlockScaledTensor:
+        """Return the same values with scales in layout `strided` or `swizzle_32_4_4`. Raises InputError for another."""
+        if scale_layout not in layout.LAYOUTS:
+            raise InputError(f"unknown scale layout {scale_layout!r}", f"use {' or '.join(layout.LAYOUTS)}")
+        if scale_layout == self.meta.layout:
+            return self
+        scale = self.strided_scale()
+        if scale_layout == layout.SWIZZLED:
+            rows = scale.movedim(self.meta.axis, -1)
+            scale = layout.swizzle(rows if rows.dim() > 1 else rows[None])
+        return self.replace(scale=scale, meta=dataclasses.replace(self.meta, layout=scale_layout))
+
+    def as_dtype(self, dtype: torch.dtype) -> BlockScaledTensor:
+        """Return the same bytes with another dtype for `dequantize()`.
+
+        Unlike `.to(dtype)`, which must equal converting the dequantized values, this also goes from narrow to wide.
+        """
+        return self.replace(dtype=dtype)
+
+    def replace(self, **changes: Any) -> BlockScaledTensor:
+        """Return a copy with some of qdata, scale, outer_scale, meta, shape, dtype changed."""
+        parts = {
+            "qdata": self.qdata, "scale": self.scale, "outer_scale": self.outer_scale,
+            "meta": self.meta, "shape": self.shape, "dtype": self.dtype,
+        }  # fmt: skip
+        return BlockScaledTensor(**{**parts, **changes})
+
+    # -- torch protocol --
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Show shape, format, layout and bits per value; never data, so that printing costs nothing."""
+        outer = "" if self.outer_scale is None else f", outer_scale={list(self.outer_scale.shape)}"
+        axis = "" if self.meta.axis == -1 else f", block_axis={self.meta.axis}"
+        return (
+            f"BlockScaledTensor(shape={list(self.shape)}, format={self.format.name}, "
+            f"bits_per_value={self.format.bits_per_value:g}, layout={self.meta.layout}{axis}{outer}, "
+            f"dtype={self.dtype}, device={self.device})"
+        )
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Meta, torch.dtype]]:
+        """Name the inner tensors, for torch.compile and FSDP."""
+        names = ["qdata", "scale"] + ([] if self.outer_scale is None else ["outer_scale"])
+        return names, (self.meta, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: dict[str, torch.Tensor], context: tuple[Meta, torch.dtype], outer_size: Any, outer_stride: Any
+    ) -> BlockScaledTensor:
+        """Rebuild from `__tensor_flatten__`."""
+        meta, dtype = context
+        return BlockScaledTensor(parts["qdata"], parts["scale"], parts.get("outer_scale"), meta, outer_size, dtype)
+
+    def _stable_hash_for_caching(self) -> str:
+        """Identify the subclass metadata for torch.compile's on-disk cache."""
+        return f"{self.meta.pack()}|{self.dtype}"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle as parts and one line of text, so that `torch.load(weights_only=True)` needs one allowed function."""
+        is_parameter = bool(getattr(self, "_is_param", False))
+        parts = (self.qdata, self.scale, self.outer_scale)
+        return rebuild, (*parts, self.meta.pack(), tuple(self.shape), self.dtype, is_parameter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockScaledTensor:
+        """Copy the parts; a Parameter stays one."""
+        copy = self.clone()
+        result = torch.nn.Parameter(copy, requires_grad=False) if getattr(self, "_is_param", False) else copy
+        memo[id(self)] = result
+        return result  # type: ignore[return-value]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Look the op up in the closed list of `microscale.ops.aten`."""
+        from microscale.ops import aten
+
+        return aten.dispatch(func, args, kwargs or {})
+
+
+def rebuild(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    outer_scale: torch.Tensor | None,
+    meta: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    is_parameter: bool = False,
+) -> torch.Tensor:
+    """Make a BlockScaledTensor from its pickled parts."""
+    tensor = BlockScaledTensor(qdata, scale, outer_scale, Meta.unpack(meta), shape, dtype)
+    return torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+
+def _strides(shape: tuple[int, ...], qdata: torch.Tensor) -> tuple[int, ...]:
+    """Strides of the logical tensor: dense, in the memory order of qdata's dimensions; expanded dimensions have 0."""
+    inner = qdata.stride()
+    order = sorted(range(len(shape)), key=lambda d: (-inner[d], d)) if not qdata.is_contiguous() else range(len(shape))
+    strides, step = [0] * len(shape), 1
+    for d in reversed(order):
+        if inner[d] == 0 and shape[d] != 1:
+            continue
+        strides[d] = step
+        step *= max(shape[d], 1)
+    return tuple(strides)
+
+
+torch.serialization.add_safe_globals([rebuild])
