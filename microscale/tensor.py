@@ -16,6 +16,7 @@ takes are a closed list (`microscale.ops.aten`); nothing dequantizes on its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ class Meta:
         return f"{self.axis}|{self.layout}|{self.format.key}"
 
     @staticmethod
+    @functools.lru_cache(maxsize=4096)
     def unpack(text: str) -> Meta:
-        """Return the Meta that `pack` wrote."""
+        """Return the Meta that `pack` wrote, one object per text."""
         axis, scale_layout, key = text.split("|", 2)
         return Meta(FormatSpec.from_key(key), int(axis), scale_layout)
 
@@ -150,7 +152,7 @@ class BlockScaledTensor(torch.Tensor):
 
     def replace(self, **changes: Any) -> BlockScaledTensor:
         """Return a copy with some of qdata, scale, outer_scale, meta, shape, dtype changed."""
-        parts = {
+        parts: dict[str, Any] = {
             "qdata": self.qdata, "scale": self.scale, "outer_scale": self.outer_scale,
             "meta": self.meta, "shape": self.shape, "dtype": self.dtype,
         }  # fmt: skip

@@ -40,3 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Run the test on the CPU, and once more on a GPU where there is one."""
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Give every test the same random numbers in every run, whatever ran before it."""
+    torch.manual_seed(20251122)

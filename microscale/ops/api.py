@@ -68,8 +68,31 @@ def quantize(
 
     With a Hadamard transform, `dequantize()` gives the transformed values; `microscale.hadamard` undoes it.
     """
-    spec = find_quantizer(format, **changes)
-    _check_input(x, axis, layout)
+    key = _spec_key(format, **changes) if changes or not isinstance(format, QuantizerSpec) else format.key
+    return _quantize(x, key, axis, layout, amax, outer_scale, generator)
+
+
+# torch.compile sees three kinds of function here: specs are looked up while tracing (their text is a constant of the
+# graph), and the functions that take tensors are calls in the graph, whose Python runs when the graph is traced.
+
+
+@torch.compiler.assume_constant_result
+def _spec_key(format: QuantizerLike, **changes: Any) -> str:
+    return find_quantizer(format, **changes).key
+
+
+@torch.compiler.allow_in_graph
+def _quantize(
+    x: torch.Tensor,
+    key: str,
+    axis: int,
+    scale_layout: str,
+    amax: torch.Tensor | float | None,
+    outer_scale: torch.Tensor | float | None,
+    generator: Generator | None,
+) -> BlockScaledTensor:
+    spec = QuantizerSpec.from_key(key)
+    _check_input(x, axis, scale_layout)
     _check_outer(spec, amax, outer_scale)
     rows = x.detach().movedim(axis, -1)
     if spec.hadamard is not None and x.shape[axis] % spec.hadamard.size:
@@ -79,13 +102,13 @@ def quantize(
         )
     seed = rounding.seed_from(generator, x.device) if spec.rounding == "stochastic" else None
     given = [_outer_operand(t, rows, axis) for t in (amax, outer_scale)]
-    qdata, scale, outer = torch.ops.microscale.quantize(rows, spec.key, *given, seed, layout)
+    qdata, scale, outer = torch.ops.microscale.quantize(rows, key, *given, seed, scale_layout)
     outer = None if spec.format.outer_scale is None else outer
     if axis not in (-1, x.dim() - 1):
         qdata = qdata.movedim(-1, axis)
-        scale = scale.movedim(-1, axis) if layout == "strided" else scale
+        scale = scale.movedim(-1, axis) if scale_layout == layout.STRIDED else scale
         outer = outer.movedim(-1, axis) if outer is not None and outer.dim() else outer
-    meta = Meta(spec.format, axis if axis < 0 else axis - x.dim(), layout)
+    meta = Meta(spec.format, axis if axis < 0 else axis - x.dim(), scale_layout)
     return BlockScaledTensor(qdata, scale, outer, meta, x.shape, x.dtype)
 
 
@@ -93,7 +116,7 @@ def _check_input(x: torch.Tensor, axis: int, scale_layout: str) -> None:
     if isinstance(x, BlockScaledTensor):
         raise InputError(f"already quantized: {x.format.name}", "quantize the original, or dequantize() first")
     if not isinstance(x, torch.Tensor):
-        raise InputError(f"quantize takes a torch.Tensor, got {type(x).__name__}")
+        raise InputError(f"quantize takes a torch.Tensor, got {type(x).__name__}", "use torch.as_tensor(x)")
     if x.dtype not in INPUT_DTYPES:
         raise InputError(f"quantize takes float32, bfloat16 or float16, got {x.dtype}", "convert with x.float()")
     if x.dim() == 0:
@@ -137,6 +160,7 @@ def _outer_operand(value: torch.Tensor | float | None, rows: torch.Tensor, axis:
     return tensor
 
 
+@torch.compiler.allow_in_graph
 def dequantize(q: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return the values of a BlockScaledTensor as a plain tensor, same shape.
 
@@ -144,7 +168,7 @@ def dequantize(q: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tenso
     bfloat16, float16. Raises InputError for a plain tensor or another dtype.
     """
     if not isinstance(q, BlockScaledTensor):
-        raise InputError(f"dequantize takes a BlockScaledTensor, got {type(q).__name__}")
+        raise InputError(f"dequantize takes a BlockScaledTensor, got {type(q).__name__}", "quantize it first")
     dtype = q.dtype if dtype is None else dtype
     if dtype not in INPUT_DTYPES:
         raise InputError(f"dequantize gives float32, bfloat16 or float16, not {dtype}", "convert the result")

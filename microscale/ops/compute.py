@@ -34,6 +34,7 @@ def _result_dtype(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | Non
     return a.dtype if out_dtype is None else out_dtype
 
 
+@torch.compiler.allow_in_graph
 def matmul(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -56,6 +57,7 @@ def matmul(
     return torch.ops.microscale.matmul(*_flat(a), *_flat(b), bias, dtype)
 
 
+@torch.compiler.allow_in_graph
 def grouped_matmul(
     a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -84,9 +86,7 @@ class _StraightThrough(torch.autograd.Function):
         return matmul(quantized, weight.transpose(-1, -2), bias, x.dtype)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None]:
         """Multiply by the weight as stored; the bias gradient sums in FP32."""
         (weight,) = ctx.saved_tensors
         dx = matmul(grad, weight) if ctx.needs_input_grad[0] else None

@@ -46,12 +46,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@functools.lru_cache(maxsize=4096)
-def parse_meta(text: str) -> Meta:
-    """Return the Meta of its text, one object per text."""
-    return Meta.unpack(text)
-
-
 # -- quantize ----------------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +159,7 @@ def _operand(
     """Return what the kernel gets and what the dispatcher looks at."""
     if scale is None:
         return data, dispatch.Operand(tuple(data.shape), dtype_name(data.dtype))
-    parsed = parse_meta(meta)
+    parsed = Meta.unpack(meta)
     shape = list(data.shape)
     shape[parsed.axis] = size
     kind = None if outer is None else "scalar" if outer.numel() == 1 else "vector"
@@ -205,7 +199,7 @@ def _grouped_matmul(
 def _logical(data: torch.Tensor, scale: torch.Tensor | None, meta: str, size: int) -> list[int]:
     shape = list(data.shape)
     if scale is not None:
-        shape[parse_meta(meta).axis] = size
+        shape[Meta.unpack(meta).axis] = size
     return shape
 
 

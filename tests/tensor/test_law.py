@@ -120,8 +120,6 @@ def ops(draw, q):
     }
 
 
-
-
 @settings(max_examples=600)
 @given(st.data())
 def test_structural_ops_obey_the_law(data):
