@@ -21,14 +21,11 @@ INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class QuantizerChanges(TypedDict, total=False):
-    """What may be changed in a named format or quantizer, as in a recipe's YAML; None means unchanged."""
+    """What else may be changed in a named format or quantizer, as in a recipe's YAML; None means unchanged."""
 
     element: str | Mapping[str, Any] | ElementSpec | None
-    block: int | None
     scale: str | Mapping[str, Any] | ElementSpec | None
-    scale_rule: str | Mapping[str, Any] | None
     rounding: str | None
-    scale_tile: tuple[int, int] | None
     hadamard: int | Mapping[str, Any] | None
     outer_scale_mode: str | None
 
@@ -36,6 +33,9 @@ class QuantizerChanges(TypedDict, total=False):
 def quantize(
     x: torch.Tensor,
     format: QuantizerLike,
+    scale_rule: str | Mapping[str, Any] | None = None,
+    block: int | None = None,
+    scale_tile: int | tuple[int, int] | None = None,
     *,
     axis: int = -1,
     layout: str = layout.STRIDED,
@@ -50,14 +50,15 @@ def quantize(
         x: float32, bfloat16 or float16 of any rank >= 1, any strides, empty included; the blocks run along `axis`,
             which need not be a multiple of the block (padded inside).
         format: a name, a YAML path, a mapping, a FormatSpec or a QuantizerSpec.
+        scale_rule, block: a variant of the format: a rule's name or its candidates, elements per scale.
+        scale_tile: rows and columns that share one amax (one number: square); storage stays one scale per 1 x block.
         axis: the blocked dimension.
         layout: of the scales: "strided" or "swizzle_32_4_4".
         amax: FP32, for formats with an outer scale: the magnitude it is computed from, in place of x's own. Shape ()
             for one per tensor, [..., R, 1] per row, [..., 1, 1] per expert.
         outer_scale: FP32 decode scale to use as it is, same shapes. Not together with `amax`.
         generator: for stochastic rounding: a torch.Generator, an int seed, or a (seed, offset) pair.
-        **changes: scale_rule, block, scale_tile, rounding, hadamard, element, scale, outer_scale_mode: a variant of
-            the format, as in a recipe.
+        **changes: rounding, hadamard, element, scale, outer_scale_mode: as in a recipe.
 
     Returns:
         A BlockScaledTensor with x's shape, dtype and device. It does not carry gradients.
@@ -68,7 +69,12 @@ def quantize(
 
     With a Hadamard transform, `dequantize()` gives the transformed values; `microscale.hadamard` undoes it.
     """
-    key = _spec_key(format, **changes) if changes or not isinstance(format, QuantizerSpec) else format.key
+    plain = isinstance(format, QuantizerSpec) and not changes and (scale_rule, block, scale_tile) == (None, None, None)
+    key = (
+        format.key  # type: ignore[union-attr]
+        if plain
+        else _spec_key(format, scale_rule=scale_rule, block=block, scale_tile=scale_tile, **changes)
+    )
     return _quantize(x, key, axis, layout, amax, outer_scale, generator)
 
 

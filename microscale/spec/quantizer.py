@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from microscale.spec.base import Spec
 from microscale.spec.format import FormatSpec
@@ -45,6 +45,11 @@ class QuantizerSpec(Spec):
     outer_scale_mode: Literal["dynamic", "static"] = Field(
         "dynamic", description="static: the amax comes from calibration, not from the tensor at hand"
     )
+
+    @field_validator("scale_tile", mode="before")
+    @classmethod
+    def _square(cls, value: object) -> object:
+        return (value, value) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

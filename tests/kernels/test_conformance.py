@@ -1,4 +1,4 @@
-"""Every registered kernel against the reference, over every format it accepts. A new kernel file brings no test code."""
+"""Every registered kernel against the reference, over every format it accepts; a new kernel brings no test code."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The subclass law: for every op that is accepted, op(q).dequantize() equals op(q.dequantize()); otherwise it raises."""
+"""The subclass law: for every accepted op, op(q).dequantize() equals op(q.dequantize()); otherwise it raises."""
 
 import contextlib
 

@@ -1,0 +1,1 @@
+"""Tests of the number formats against the specification and against independent implementations."""

@@ -1,0 +1,1 @@
+"""Independent models that the library is checked against; nothing here imports microscale."""
