@@ -10,7 +10,7 @@ import torch
 from microscale import dispatch
 from microscale.errors import InputError, unknown_name
 from microscale.numerics import codec, layout, rounding
-from microscale.ops import library
+from microscale.ops import graph, library
 from microscale.spec.element import ElementSpec
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.registry import QuantizerLike, find_element, find_quantizer
@@ -75,6 +75,7 @@ def quantize(
         if plain
         else _spec_key(format, scale_rule=scale_rule, block=block, scale_tile=scale_tile, **changes)
     )
+    graph.arm()
     return _quantize(x, key, axis, layout, amax, outer_scale, generator)
 
 
@@ -82,12 +83,12 @@ def quantize(
 # graph), and the functions that take tensors are calls in the graph, whose Python runs when the graph is traced.
 
 
-@torch.compiler.assume_constant_result
+@graph.constant
 def _spec_key(format: QuantizerLike, **changes: Any) -> str:
     return find_quantizer(format, **changes).key
 
 
-@torch.compiler.allow_in_graph
+@graph.in_graph
 def _quantize(
     x: torch.Tensor,
     key: str,
@@ -166,13 +167,18 @@ def _outer_operand(value: torch.Tensor | float | None, rows: torch.Tensor, axis:
     return tensor
 
 
-@torch.compiler.allow_in_graph
 def dequantize(q: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return the values of a BlockScaledTensor as a plain tensor, same shape.
 
     Computed in FP32 as (code * scale) * outer_scale and rounded once to `dtype` (default: q.dtype), one of float32,
     bfloat16, float16. Raises InputError for a plain tensor or another dtype.
     """
+    graph.arm()
+    return _dequantize(q, dtype)
+
+
+@graph.in_graph
+def _dequantize(q: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if not isinstance(q, BlockScaledTensor):
         raise InputError(f"dequantize takes a BlockScaledTensor, got {type(q).__name__}", "quantize it first")
     dtype = q.dtype if dtype is None else dtype

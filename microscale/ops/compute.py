@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from microscale.errors import InputError
-from microscale.ops import library  # noqa: F401  (defines torch.ops.microscale)
+from microscale.ops import graph, library  # noqa: F401  (defines torch.ops.microscale)
 from microscale.ops.api import dequantize, quantize
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor
@@ -34,7 +34,6 @@ def _result_dtype(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | Non
     return a.dtype if out_dtype is None else out_dtype
 
 
-@torch.compiler.allow_in_graph
 def matmul(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -43,6 +42,14 @@ def matmul(
     FP32 accumulation, outer scales and bias in FP32, one rounding to `out_dtype` (default: the operands' dtype).
     Raises InputError for shapes or dtypes that do not fit.
     """
+    graph.arm()
+    return _matmul(a, b, bias, out_dtype)
+
+
+@graph.in_graph
+def _matmul(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None
+) -> torch.Tensor:
     if a.dim() == 0 or b.dim() == 0 or a.shape[-1] != b.shape[-2 if b.dim() > 1 else -1]:
         raise InputError(f"cannot multiply {list(a.shape)} by {list(b.shape)}", "the inner sizes must agree")
     dtype = _result_dtype(a, b, out_dtype)
@@ -50,14 +57,13 @@ def matmul(
         raise InputError("matmul of two plain tensors", "use torch.matmul")
     if a.dim() == 1 or b.dim() == 1:  # as torch.matmul: a vector is a row on the left, a column on the right
         left, right = (a.unsqueeze(0) if a.dim() == 1 else a), (b.unsqueeze(-1) if b.dim() == 1 else b)
-        out = matmul(left, right, None, dtype)
+        out = _matmul(left, right, None, dtype)
         out = out.squeeze(-1) if b.dim() == 1 else out
         out = out.squeeze(-1 if b.dim() == 1 else -2) if a.dim() == 1 else out
         return out if bias is None else out + bias
     return torch.ops.microscale.matmul(*_flat(a), *_flat(b), bias, dtype)
 
 
-@torch.compiler.allow_in_graph
 def grouped_matmul(
     a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -66,6 +72,14 @@ def grouped_matmul(
     `offsets` int32 [E] holds the end of each group's rows (`torch.nn.functional.grouped_mm`'s `offs`); groups may be
     empty; rows after the last end are zero. Raises InputError for shapes or dtypes that do not fit.
     """
+    graph.arm()
+    return _grouped_matmul(a, b, offsets, out_dtype)
+
+
+@graph.in_graph
+def _grouped_matmul(
+    a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, out_dtype: torch.dtype | None
+) -> torch.Tensor:
     if a.dim() != 2 or b.dim() != 3 or a.shape[1] != b.shape[1]:
         raise InputError(f"grouped_matmul of {list(a.shape)} and {list(b.shape)}", "takes [T, K] and [E, K, N]")
     if offsets.dtype != torch.int32 or offsets.shape != (b.shape[0],):

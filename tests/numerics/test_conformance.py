@@ -9,8 +9,8 @@ import functools
 import numpy as np
 import pytest
 import torch
-from oracles import specmodel
-from oracles.families import FAMILIES
+from tests.oracles import specmodel
+from tests.oracles.families import FAMILIES
 
 import microscale as ms
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from oracles import specmodel
+from tests.oracles import specmodel
 
 import microscale as ms
 

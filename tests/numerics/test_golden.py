@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from oracles import specmodel
+from tests.oracles import specmodel
 
 import microscale as ms
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from oracles import specmodel
-from oracles.families import FAMILIES
+from tests.oracles import specmodel
+from tests.oracles.families import FAMILIES
 
 import microscale as ms
 from microscale.numerics.hadamard import hadamard
