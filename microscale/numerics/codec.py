@@ -132,17 +132,24 @@ def _codebook_thresholds(element: ElementSpec) -> torch.Tensor:
     return torch.stack(thresholds)
 
 
+def codebook_tables(element: ElementSpec, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what encodes a codebook: thresholds FP32 [n-1] between its n sorted values, and the uint8 code of each."""
+    place = torch.device(device)
+    thresholds = _table("thresholds", element, place, lambda: _codebook_thresholds(element))
+    code_of = _table("codes", element, place, lambda: torch.tensor(_sorted_codes(element)[1], dtype=torch.uint8))
+    return thresholds, code_of
+
+
 def _encode_codebook(x: torch.Tensor, element: ElementSpec, random: torch.Tensor | None) -> torch.Tensor:
-    values, codes = _sorted_codes(element)
-    code_of = _table("codes", element, x.device, lambda: torch.tensor(codes, dtype=torch.uint8))
+    thresholds, code_of = codebook_tables(element, x.device)
     if random is None:
-        thresholds = _table("thresholds", element, x.device, lambda: _codebook_thresholds(element))
         rank = torch.bucketize(x.contiguous(), thresholds, right=True)
     else:
+        values, _ = _sorted_codes(element)
         levels = _table("levels", element, x.device, lambda: torch.tensor(values, dtype=torch.float32))
         x = x.clamp(values[0], values[-1])
         low = (torch.bucketize(x.contiguous(), levels, right=True) - 1).clamp(0, len(values) - 2)
         frac = (x - levels[low]) / (levels[low + 1] - levels[low])
         rank = low + torch.where(frac >= 1, True, rounds_up(frac, random)).to(low.dtype)
-    rank = torch.where(torch.isnan(x), len(values) - 1, rank)
+    rank = torch.where(torch.isnan(x), len(thresholds), rank)
     return code_of[rank]

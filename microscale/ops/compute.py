@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from microscale.errors import InputError
+from microscale.numerics.hadamard import hadamard
 from microscale.ops import graph, library  # noqa: F401  (defines torch.ops.microscale)
 from microscale.ops.api import dequantize, quantize
 from microscale.spec.quantizer import QuantizerSpec
@@ -89,23 +90,35 @@ def _grouped_matmul(
 
 
 class _StraightThrough(torch.autograd.Function):
-    """y = Q(x) @ w.T + b forward; backward as if Q were the identity: dx = dy @ w (dequantized)."""
+    """y = Q(x) @ w.T + b forward; backward as if Q only rotated (by its Hadamard): dx = dy @ w, rotated back."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, quantized: BlockScaledTensor, weight: torch.Tensor, bias: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        quantized: BlockScaledTensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        spec: QuantizerSpec,
     ) -> torch.Tensor:
         """Multiply the quantized input; the bias joins before the one rounding."""
         ctx.save_for_backward(weight)
+        ctx.hadamard = spec.hadamard
         return matmul(quantized, weight.transpose(-1, -2), bias, x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None]:
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
         """Multiply by the weight as stored; the bias gradient sums in FP32."""
         (weight,) = ctx.saved_tensors
-        dx = matmul(grad, weight) if ctx.needs_input_grad[0] else None
-        dbias = grad.float().flatten(0, -2).sum(0).to(grad.dtype) if ctx.needs_input_grad[3] else None
-        return dx, None, None, dbias
+        dx = torch.matmul(grad, weight) if ctx.needs_input_grad[0] else None
+        if dx is not None and ctx.hadamard is not None:
+            dx = hadamard(dx, ctx.hadamard.size, ctx.hadamard.sign, inverse=True)
+        dbias = None
+        if ctx.needs_input_grad[3]:
+            dbias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(grad.dtype)
+        return dx, None, None, dbias, None
 
 
 def linear(
@@ -126,7 +139,7 @@ def linear(
     quantized = quantize(x, input_quantizer, amax=amax)
     if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
         return matmul(quantized, weight.transpose(-1, -2), bias, x.dtype)
-    return _StraightThrough.apply(x, quantized, weight, bias)  # type: ignore[no-untyped-call]
+    return _StraightThrough.apply(x, quantized, weight, bias, input_quantizer)  # type: ignore[no-untyped-call]
 
 
 def embedding(indices: torch.Tensor, weight: BlockScaledTensor) -> torch.Tensor:

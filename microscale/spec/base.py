@@ -7,7 +7,6 @@ hash or a comparison costs one string operation, which matters in the dispatcher
 
 from __future__ import annotations
 
-import functools
 import json
 from typing import Any, ClassVar, Self
 
@@ -26,12 +25,22 @@ class Spec(BaseModel):
         """Return the fields that make this spec what it is, as plain data (nested specs too)."""
         return {name: _plain(getattr(self, name)) for name in type(self).model_fields if name not in self.prose}
 
-    @functools.cached_property
-    def key(self) -> str:
-        """Canonical one-line JSON of `identity()`; `from_key` is its inverse."""
+    def __init__(self, **data: Any) -> None:
+        """Validate, then fix the key: computing it later would put JSON and locks into torch.compile's traces."""
+        super().__init__(**data)
+        self._fix_key()
+
+    def _fix_key(self) -> str:
         text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        self.__dict__["_key"] = text
         _BY_KEY.setdefault((type(self), text), self)
         return text
+
+    @property
+    def key(self) -> str:
+        """Canonical one-line JSON of `identity()`; `from_key` is its inverse."""
+        found = self.__dict__.get("_key")
+        return found if found is not None else self._fix_key()  # pydantic builds some nested specs without __init__
 
     @classmethod
     def from_key(cls, key: str) -> Self:

@@ -87,11 +87,18 @@ def parse(text: str, origin: str) -> Document:
     if node is None:
         raise SpecError(f"{origin}:1:1 the file is empty")
     marks: dict[Path_, tuple[int, int]] = {}
-    data = _build(node, (), marks, origin)
+    data = _build(node, (), marks, origin, ())
     return Document(data, origin, marks)
 
 
-def _build(node: yaml.Node, path: Path_, marks: dict[Path_, tuple[int, int]], origin: str) -> Any:
+def _build(
+    node: yaml.Node, path: Path_, marks: dict[Path_, tuple[int, int]], origin: str, inside: tuple[yaml.Node, ...]
+) -> Any:
+    """Plain data of a node; `inside` are the nodes it stands in, which an alias must not name."""
+    if any(node is outer for outer in inside):
+        line, column = marks[path[:-1]] if path else (1, 1)
+        raise SpecError(f"{origin}:{line}:{column} an alias refers to what it stands in")
+    inside = (*inside, node)
     marks.setdefault(path, (node.start_mark.line + 1, node.start_mark.column + 1))
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
@@ -101,15 +108,16 @@ def _build(node: yaml.Node, path: Path_, marks: dict[Path_, tuple[int, int]], or
             if key in result:
                 raise SpecError(f"{origin}:{line}:{column} key {key!r} is given twice")
             marks[(*path, key)] = (line, column)
-            result[key] = _build(value_node, (*path, key), marks, origin)
+            result[key] = _build(value_node, (*path, key), marks, origin, inside)
         return result
     if isinstance(node, yaml.SequenceNode):
-        return [_build(item, (*path, i), marks, origin) for i, item in enumerate(node.value)]
+        return [_build(item, (*path, i), marks, origin, inside) for i, item in enumerate(node.value)]
     loader = _CoreLoader("")
     try:
         return loader.construct_object(node)
-    except yaml.YAMLError as error:
-        raise SpecError(f"{origin}:{node.start_mark.line + 1}:{node.start_mark.column + 1} {error}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        where = f"{origin}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+        raise SpecError(f"{where} {str(error).splitlines()[0]}") from None
 
 
 def validated(build: Callable[[], Any], document: Document, prefix: Path_ = (), known: Iterable[str] = ()) -> Any:

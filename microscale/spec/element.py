@@ -181,11 +181,11 @@ class ElementSpec(Spec):
 
     @functools.cached_property
     def max_code(self) -> int:
-        """The code of `max_value` (floats and ints: magnitude bits only)."""
+        """The code of the largest positive value."""
         if self.kind == "int":
             return 2 ** (self.width - 1) - 1
         if self.kind == "codebook":
-            return self.table.index(max(self.table, key=abs))
+            return self.table.index(max(self.table))
         top = self._top_finite_code()
         if self.max is None:
             return top

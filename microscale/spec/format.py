@@ -106,8 +106,8 @@ class FormatSpec(Spec):
         rule, scale = self.scale_rule, self.scale
         allowed = EXPONENT_RULES if scale.exponent_only else MANTISSA_RULES
         if rule.base is None:
-            rule = rule.model_copy(update={"base": "floor" if scale.exponent_only else "nearest"})
-            rule.__dict__.pop("key", None)
+            base: BaseRule = "floor" if scale.exponent_only else "nearest"
+            rule = ScaleRuleSpec(name=rule.name, base=base, candidates=rule.candidates, metric=rule.metric)
             object.__setattr__(self, "scale_rule", rule)
         if rule.base not in allowed:
             kind = "only an exponent" if scale.exponent_only else "a mantissa"

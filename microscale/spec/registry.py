@@ -298,6 +298,8 @@ def find_recipe(source: RecipeLike) -> RecipeSpec:
         return source
     if isinstance(source, Mapping):
         return _build_recipe(source, document.from_data(source, "recipe"))
+    if not isinstance(source, str | Path):
+        raise SpecError(f"a recipe is a name, a path or a mapping, not {type(source).__name__}")
     if isinstance(source, Path) or _is_path(source):
         return _load_recipe(Path(source).expanduser())
     if source in _user_recipes:

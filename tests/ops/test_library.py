@@ -20,7 +20,7 @@ def test_opcheck(fmt, layout, device):
     q = ms.quantize(x, fmt, layout=layout)
     ops, spec = torch.ops.microscale, ms.find_quantizer(fmt)
     torch.library.opcheck(ops.quantize.default, (x, spec.key, None, None, None, layout))
-    amax = None if spec.format.outer_scale is None else torch.ones(())
+    amax = None if spec.format.outer_scale is None else torch.ones((), device=device)
     seed = torch.tensor([3, 1], device=device)
     stochastic = ms.find_quantizer(fmt, rounding="stochastic")
     torch.library.opcheck(ops.quantize.default, (x, stochastic.key, amax, None, seed, layout))

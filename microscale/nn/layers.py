@@ -1,0 +1,166 @@
+"""Linear and embedding modules whose weight is block-scaled.
+
+A module becomes quantized in place: its class changes, nothing else. So names, hooks, references to it and tied modules
+stay what they were, `isinstance(module, torch.nn.Linear)` stays true, and its weight is an ordinary parameter that
+happens to be a BlockScaledTensor (state_dict, pickling, `.to(...)` and torch.compile follow from that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+
+from microscale import ops
+from microscale.errors import InputError
+from microscale.ops.api import INPUT_DTYPES
+from microscale.spec.quantizer import QuantizerSpec
+from microscale.tensor import BlockScaledTensor
+
+_AMAX = "input_amax"
+
+
+class _QuantizedModule(torch.nn.Module):
+    """What the quantized layers share: dtype moves that keep the bytes, pickling of classes made on the fly, repr."""
+
+    weight: torch.Tensor
+    plain_class: type[torch.nn.Module] | None = None
+    """The subclass of nn.Linear or nn.Embedding that a class made by `quantized_class` extends."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move the module: `.to(...)`, `.half()`, `.cuda()`.
+
+        A dtype move never changes stored bytes: the weight then decodes to the new dtype, because what it stands for is
+        the exact decoded values; a calibrated amax stays FP32.
+        """
+        weight, amax = self.weight, self._buffers.get(_AMAX)
+        if isinstance(weight, BlockScaledTensor):
+            dtype = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
+            if dtype != weight.dtype and dtype in INPUT_DTYPES:
+                # Swapping keeps the parameter's identity, which tied modules and optimizers refer to.
+                torch.utils.swap_tensors(weight, _parameter(weight.as_dtype(dtype)))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = self._buffers.get(_AMAX)
+        if amax is not None and moved is not None and moved.dtype != amax.dtype:
+            self._buffers[_AMAX] = amax.to(moved.device)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy; a class made on the fly is made again on the other side."""
+        if self.plain_class is None:
+            return super().__reduce_ex__(protocol)
+        return _blank, (self.plain_class,), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """Add the formats to what the plain module shows."""
+        weight = self.weight
+        shown = f"weight={weight.format.name}" if isinstance(weight, BlockScaledTensor) else ""
+        return ", ".join(part for part in (super().extra_repr(), shown) if part)
+
+
+class QuantizedLinear(_QuantizedModule, torch.nn.Linear):
+    """`nn.Linear` with a block-scaled weight and, for recipes that quantize activations, an `input_quantizer`.
+
+    `input_amax` (FP32 scalar buffer) is the calibrated magnitude of a static input quantizer, None before calibration.
+    Made by `quantize_`; the state dict holds the weight as a BlockScaledTensor, the bias, and `input_amax` once set.
+    """
+
+    input_quantizer: QuantizerSpec | None
+    input_amax: torch.Tensor | None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input [..., K] @ weight.T + bias: [..., N] of the input's dtype.
+
+        Weight-only is exact in the gradient to the input; a quantized input is straight-through. Under autocast both
+        operands take the autocast dtype, as nn.Linear's do. Raises InputError for a static input quantizer that was
+        never calibrated.
+        """
+        weight, quantizer, amax = self.weight, self.input_quantizer, None
+        if quantizer is None:
+            return ops.linear(input, weight, self.bias)
+        if quantizer.outer_scale_mode == "static":
+            amax = self.input_amax
+            if amax is None:
+                raise InputError(
+                    f"this layer's input quantizer, {quantizer.name}, was never calibrated: {self!r}",
+                    "quantize_(model, recipe, calibrate=batches), or a recipe whose outer scales are dynamic",
+                )
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input = input.to(dtype)
+            weight = weight.as_dtype(dtype) if isinstance(weight, BlockScaledTensor) else weight.to(dtype)
+        return ops.linear(input, weight, self.bias, input_quantizer=quantizer, amax=amax)
+
+    def extra_repr(self) -> str:
+        """Show shapes, and the formats of weight and input."""
+        quantizer = self.input_quantizer
+        if quantizer is None:
+            return super().extra_repr()
+        missing = quantizer.outer_scale_mode == "static" and self.input_amax is None
+        return f"{super().extra_repr()}, input={quantizer.name}{', uncalibrated' if missing else ''}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accept the calibration of a saved layer in one that has none yet."""
+        saved = state_dict.get(f"{prefix}{_AMAX}")
+        if saved is not None and self.input_amax is None:
+            self.input_amax = torch.empty_like(saved, dtype=torch.float32, device=self.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class QuantizedEmbedding(_QuantizedModule, torch.nn.Embedding):
+    """`nn.Embedding` with a block-scaled weight: looks rows up and decodes only those."""
+
+
+def to_quantized_(
+    module: torch.nn.Module,
+    weight: torch.Tensor,
+    input_quantizer: QuantizerSpec | None = None,
+    input_amax: torch.Tensor | None = None,
+) -> None:
+    """Turn one nn.Linear or nn.Embedding into its quantized class, in place.
+
+    `weight` becomes the module's parameter: a BlockScaledTensor (a Parameter is taken as it is, so tied modules can
+    share one), or the module's own weight if only the input is quantized. `input_amax`: FP32 scalar of a static
+    quantizer. Raises InputError for another kind of module, a weight of another shape, or an embedding's input.
+    """
+    if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+        raise InputError(f"cannot quantize a {type(module).__name__}", "pass an nn.Linear or an nn.Embedding")
+    if weight.shape != module.weight.shape:
+        raise InputError(f"weight of shape {list(weight.shape)} for a module of {list(module.weight.shape)}")
+    if isinstance(module, torch.nn.Embedding) and input_quantizer is not None:
+        raise InputError("an embedding's input are indices", "leave out input_quantizer")
+    module.__class__ = quantized_class(type(module))  # type: ignore[assignment]
+    module.weight = weight if isinstance(weight, torch.nn.Parameter) else _parameter(weight)
+    module.weight.requires_grad_(False)
+    if isinstance(module, QuantizedLinear):
+        module.input_quantizer = input_quantizer
+        hash(input_quantizer)  # computes its key, behind a lock that torch.compile cannot trace on Python 3.11
+        module.register_buffer(_AMAX, None if input_amax is None else input_amax.to(torch.float32))
+
+
+_classes: dict[type[torch.nn.Module], type[_QuantizedModule]] = {
+    torch.nn.Linear: QuantizedLinear,
+    torch.nn.Embedding: QuantizedEmbedding,
+}
+
+
+def quantized_class(plain: type[torch.nn.Module]) -> type[_QuantizedModule]:
+    """Return the quantized class of nn.Linear, nn.Embedding, or a subclass of one, whose other methods it keeps."""
+    if issubclass(plain, _QuantizedModule):
+        return plain
+    if plain not in _classes:
+        base = QuantizedLinear if issubclass(plain, torch.nn.Linear) else QuantizedEmbedding
+        body = {"plain_class": plain, "__module__": plain.__module__, "__doc__": base.__doc__}
+        _classes[plain] = type(f"Quantized{plain.__name__}", (base, plain), body)
+    return _classes[plain]
+
+
+def _blank(plain: type[torch.nn.Module]) -> torch.nn.Module:
+    """Return an instance without state; pickle fills it."""
+    made = quantized_class(plain)
+    return made.__new__(made)
+
+
+def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
