@@ -1,0 +1,209 @@
+"""The generated parts of the documentation: `python -m microscale.cli.docs [--check] [ROOT]`.
+
+A Markdown file marks a place with `<!-- generated: NAME -->` and `<!-- end -->`; what stands between them comes from
+the registries. A test runs the check, so a table cannot go stale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from microscale.cli import describe
+from microscale.errors import MicroscaleError, unknown_name
+from microscale.spec import document
+from microscale.spec.registry import (
+    data_folder,
+    find_element,
+    find_format,
+    find_recipe,
+    list_elements,
+    list_formats,
+    list_recipes,
+)
+
+if TYPE_CHECKING:
+    from microscale.dispatch import Requires
+
+_SECTION = re.compile(r"(<!-- generated: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def formats_table() -> str:
+    """Return the table of all formats."""
+    rows = [describe.format_row(find_format(name)) for name in _shipped("formats", list_formats())]
+    return _table(
+        describe.FORMAT_COLUMNS, [(f"`{name}`", *rest) for name, *rest in rows], right=("block", "bits/value")
+    )
+
+
+def elements_table() -> str:
+    """Return the table of all named elements, scales among them."""
+    rows = []
+    for name in list_elements():
+        element = find_element(name)
+        rows.append((f"`{name}`", element.kind, str(element.width), f"{element.max_value:g}", element.description))
+    return _table(("name", "kind", "bits", "max", "description"), rows, right=("bits", "max"))
+
+
+def scale_rules_table() -> str:
+    """Return the table of all scale rules."""
+    rows = []
+    for name, rule in document.read(data_folder("formats") / "scale_rules.yaml").data.items():
+        tried = ", ".join(f"{c:g}" for c in rule.get("candidates", [1]))
+        rows.append((f"`{name}`", rule.get("base", "`floor` or `nearest`"), tried, rule.get("metric", "")))
+    return _table(("name", "base", "multipliers of the amax", "chosen by"), rows)
+
+
+def recipes_table() -> str:
+    """Return the table of all recipes."""
+    rows = [describe.recipe_row(find_recipe(name)) for name in _shipped("recipes", list_recipes())]
+    return _table(describe.RECIPE_COLUMNS, [(f"`{name}`", *rest) for name, *rest in rows])
+
+
+def kernels_table() -> str:
+    """Return the table of all kernels: what they require, where they are no fallback, how exact they are."""
+    from microscale.dispatch import kernels
+
+    rows = []
+    for entry in kernels():
+        requires = "; ".join(_requirements(entry.requires))
+        native = "every device" if entry.native is None else ", ".join(entry.native)
+        rows.append((entry.op, f"`{entry.name}`", requires or "nothing", native, entry.bound))
+    return _table(("op", "kernel", "requires", "no fallback on", "exactness"), rows)
+
+
+def public_table() -> str:
+    """Return the table of the public names: how each is called, and the first line of its docstring."""
+    package = importlib.import_module("microscale")
+    names = [n for n in package.__all__ if not n.startswith("__")]
+    values = [(name, getattr(package, name)) for name in names]
+    return _table(("name", "what it is"), [(f"`{_call(name, value)}`", _summary(value)) for name, value in values])
+
+
+def commands_table() -> str:
+    """Return the table of the commands, each with its example."""
+    from microscale.cli.app import COMMANDS
+
+    rows = [(f"`{name}`", _summary(function), f"`{example}`") for name, (function, example) in COMMANDS.items()]
+    return _table(("command", "what it does", "example"), rows)
+
+
+def ops_list() -> str:
+    """Return the aten operations that a BlockScaledTensor takes, without their overloads."""
+    from microscale.ops.aten import TABLE
+
+    names = sorted({str(op).removeprefix("aten.").split(".")[0] for op in TABLE})
+    return ", ".join(f"`{name}`" for name in names)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "formats": formats_table,
+    "elements": elements_table,
+    "scale_rules": scale_rules_table,
+    "recipes": recipes_table,
+    "kernels": kernels_table,
+    "public": public_table,
+    "commands": commands_table,
+    "ops": ops_list,
+}
+
+
+def render(text: str) -> str:
+    """Return Markdown with every generated section as it should be. Raises UnknownNameError for another section."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in SECTIONS:
+            raise unknown_name("generated section", name, SECTIONS)
+        return f"{match[1]}{SECTIONS[name]()}\n{match[3]}"
+
+    return _SECTION.sub(fill, text)
+
+
+def documents(root: Path) -> list[Path]:
+    """Return the Markdown files of a checkout that may hold generated sections."""
+    return [path for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if path.is_file()]
+
+
+def stale(root: Path) -> list[Path]:
+    """Return the files of a checkout whose generated sections are not as they should be."""
+    return [path for path in documents(root) if render(text := path.read_text(encoding="utf-8")) != text]
+
+
+def update(root: Path) -> list[Path]:
+    """Rewrite the stale files of a checkout; returns them."""
+    changed = stale(root)
+    for path in changed:
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return changed
+
+
+def _shipped(kind: str, names: Iterable[str]) -> list[str]:
+    """Leave out what other packages or this process registered: the documentation is about this one."""
+    return [name for name in names if (data_folder(kind) / f"{name}.yaml").is_file()]
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    rule = ("--:" if name in right else "---" for name in columns)
+    return "\n".join((line(columns), f"|{'|'.join(rule)}|", *(line(row) for row in rows)))
+
+
+def _requirements(requires: Requires) -> Iterator[str]:
+    """What a kernel needs, one phrase a field that is set."""
+    for field in dataclasses.fields(requires):
+        value, name = getattr(requires, field.name), field.name.replace("_", " ")
+        if field.name == "checks":
+            yield from (text for text, _ in value)
+        elif isinstance(value, tuple) and value:
+            joiner = "." if field.name.endswith("capability") else " or "
+            yield f"{name} {joiner.join(map(str, value))}"
+
+
+def _summary(value: Any) -> str:
+    """First paragraph of a docstring, up to its first full stop."""
+    paragraph = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+    return re.split(r"\. (?=[A-Z`])", paragraph)[0].removesuffix(".")
+
+
+def _call(name: str, value: Any) -> str:
+    """`quantize(x, format, *, axis=-1, ...)` for a function, the bare name for a class."""
+    return name if inspect.isclass(value) else f"{name}({', '.join(_parameters(value))})"
+
+
+def _parameters(function: Callable[..., Any]) -> Iterator[str]:
+    keyword_only = False
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            yield "*"
+        kind = parameter.kind
+        prefix = "*" if kind is parameter.VAR_POSITIONAL else "**" if kind is parameter.VAR_KEYWORD else ""
+        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        yield f"{prefix}{parameter.name}{default}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rewrite stale sections under ROOT (default: here), or with --check only name them; returns the exit code."""
+    check = "--check" in arguments
+    roots = [a for a in arguments if a != "--check"] or ["."]
+    try:
+        found = (stale if check else update)(Path(roots[0]))
+    except MicroscaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in found:
+        print(f"{'stale' if check else 'updated'} {path}")
+    return int(check and bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
