@@ -50,9 +50,16 @@ def finite_amax(x: torch.Tensor, per: str) -> torch.Tensor:
         shape = (*x.shape[: x.dim() - len(dims)], *(1,) * len(dims))
     if x.numel() == 0:
         return torch.zeros(shape, dtype=torch.float32, device=x.device)
-    magnitude = torch.where(torch.isfinite(x), x, 0).abs()
-    reduced = magnitude.amax() if dims is None else magnitude.amax(dims, keepdim=True)
-    return reduced.to(torch.float32)
+    if dims is not None:
+        return _finite_magnitude(x).amax(dims, keepdim=True).to(torch.float32)
+    # In pieces, so that a large weight is not copied whole (twice) for its amax.
+    pieces = x.reshape(-1).split(1 << 20) if x.is_contiguous() else [x]
+    return torch.stack([_finite_magnitude(piece).amax() for piece in pieces]).amax().to(torch.float32)
+
+
+def _finite_magnitude(x: torch.Tensor) -> torch.Tensor:
+    magnitude = x.abs()
+    return torch.where(magnitude < torch.inf, magnitude, 0)  # NaN compares false
 
 
 def outer_from_amax(amax: torch.Tensor, fmt: FormatSpec) -> OuterScale:

@@ -8,6 +8,7 @@ hash or a comparison costs one string operation, which matters in the dispatcher
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -49,6 +50,11 @@ class Spec(BaseModel):
         if found is None:
             found = _BY_KEY[(cls, key)] = cls.model_validate(json.loads(key))
         return found
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a validated copy with some fields changed; pydantic's own would keep the old key."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**fields, **(update or {})})
 
     def __eq__(self, other: object) -> bool:
         """Compare by identity fields; prose does not count."""
