@@ -76,29 +76,37 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from microscale.dispatch import strict, use_backend
-    from microscale.errors import MicroscaleError
-    from microscale.interop import inspect, load, quantize_checkpoint, save
-    from microscale.nn.convert import quantize_
-    from microscale.nn.plan import plan
-    from microscale.numerics.hadamard import hadamard
-    from microscale.ops.api import decode_table, dequantize, encode, explain, quantize
-    from microscale.ops.compute import grouped_matmul, linear, matmul
-    from microscale.report import compare
-    from microscale.spec.element import ElementSpec
-    from microscale.spec.format import FormatSpec
-    from microscale.spec.quantizer import QuantizerSpec
-    from microscale.spec.recipe import RecipeSpec
-    from microscale.spec.registry import (
-        find_element,
-        find_format,
-        find_quantizer,
-        find_recipe,
-        list_elements,
-        list_formats,
-        list_recipes,
-        register_format,
-        register_recipe,
-    )
-    from microscale.spec.schema import schema
-    from microscale.tensor import BlockScaledTensor
+    from microscale.dispatch import strict as strict
+    from microscale.dispatch import use_backend as use_backend
+    from microscale.errors import MicroscaleError as MicroscaleError
+    from microscale.interop import inspect as inspect
+    from microscale.interop import load as load
+    from microscale.interop import quantize_checkpoint as quantize_checkpoint
+    from microscale.interop import save as save
+    from microscale.nn.convert import quantize_ as quantize_
+    from microscale.nn.plan import plan as plan
+    from microscale.numerics.hadamard import hadamard as hadamard
+    from microscale.ops.api import decode_table as decode_table
+    from microscale.ops.api import dequantize as dequantize
+    from microscale.ops.api import encode as encode
+    from microscale.ops.api import explain as explain
+    from microscale.ops.api import quantize as quantize
+    from microscale.ops.compute import grouped_matmul as grouped_matmul
+    from microscale.ops.compute import linear as linear
+    from microscale.ops.compute import matmul as matmul
+    from microscale.report.compare import compare as compare
+    from microscale.spec.element import ElementSpec as ElementSpec
+    from microscale.spec.format import FormatSpec as FormatSpec
+    from microscale.spec.quantizer import QuantizerSpec as QuantizerSpec
+    from microscale.spec.recipe import RecipeSpec as RecipeSpec
+    from microscale.spec.registry import find_element as find_element
+    from microscale.spec.registry import find_format as find_format
+    from microscale.spec.registry import find_quantizer as find_quantizer
+    from microscale.spec.registry import find_recipe as find_recipe
+    from microscale.spec.registry import list_elements as list_elements
+    from microscale.spec.registry import list_formats as list_formats
+    from microscale.spec.registry import list_recipes as list_recipes
+    from microscale.spec.registry import register_format as register_format
+    from microscale.spec.registry import register_recipe as register_recipe
+    from microscale.spec.schema import schema as schema
+    from microscale.tensor import BlockScaledTensor as BlockScaledTensor

@@ -15,6 +15,7 @@ takes are a closed list (`microscale.ops.aten`); nothing dequantizes on its own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -65,9 +66,12 @@ class BlockScaledTensor(torch.Tensor):
         dtype: torch.dtype,
     ) -> BlockScaledTensor:
         """Wrap parts; `shape` is logical, `dtype` what `dequantize()` gives. Unchecked: `quantize` is the door."""
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, tuple(shape), strides=_strides(tuple(shape), qdata), dtype=dtype, device=qdata.device
-        )
+        # A view of a normal tensor is normal, also inside inference mode: torch sets its version counter.
+        normal = torch.is_inference_mode_enabled() and not qdata.is_inference()
+        with torch.inference_mode(False) if normal else contextlib.nullcontext():
+            self = torch.Tensor._make_wrapper_subclass(
+                cls, tuple(shape), strides=_strides(tuple(shape), qdata), dtype=dtype, device=qdata.device
+            )
         self.qdata, self.scale, self.outer_scale, self.meta = qdata, scale, outer_scale, meta
         return self
 

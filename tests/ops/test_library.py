@@ -64,6 +64,11 @@ def test_inference_mode_and_embedding(device):
     expected = torch.nn.functional.linear(x, q)
     with torch.inference_mode():
         assert_same_bits(torch.nn.functional.linear(x, q), expected)
+        spec = ms.find_quantizer("nvfp4")
+        dynamic = ms.linear(x, q, input_quantizer=spec)
+        assert torch.equal(q.t().dequantize(), q.dequantize().t()) and q[1:].shape == (10, 64)
+        assert ms.quantize(x, spec).t().shape == (64, 3)
+    assert_same_bits(ms.linear(x, q, input_quantizer=spec), dynamic)
     ids = torch.tensor([[0, 5], [10, 5]], device=device)
     assert_same_bits(torch.nn.functional.embedding(ids, q), q.dequantize()[ids])
 
