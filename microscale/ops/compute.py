@@ -48,9 +48,7 @@ def matmul(
 
 
 @graph.in_graph
-def _matmul(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None
-) -> torch.Tensor:
+def _matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:
     if a.dim() == 0 or b.dim() == 0 or a.shape[-1] != b.shape[-2 if b.dim() > 1 else -1]:
         raise InputError(f"cannot multiply {list(a.shape)} by {list(b.shape)}", "the inner sizes must agree")
     dtype = _result_dtype(a, b, out_dtype)
@@ -107,7 +105,7 @@ class _StraightThrough(torch.autograd.Function):
         return matmul(quantized, weight.transpose(-1, -2), bias, x.dtype)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad: torch.Tensor
     ) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
         """Multiply by the weight as stored; the bias gradient sums in FP32."""

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import microscale as ms
-from microscale.kernels.triton import jit, properties
+from microscale.kernels.triton import jit_dequantize, jit_quantize, properties
 from microscale.kernels.triton.quantize import LANES, WARPS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -52,7 +52,7 @@ def quantize(fmt, encoder, stochastic, capability):
     tensors = {"x": "*i32" if encoder > 1 else "*bf16", "qdata": "*u8", "scales": scale, "encode": "*fp32"}
     tensors |= {"decode": "*fp32", "seed": "*i64", "thresholds": "*fp32", "code_of": "*u8"}
     sizes = dict.fromkeys(("total", "rows", "columns", "blocks", "row_stride", "column_stride"), "i32")
-    return compile_kernel(jit.quantize_rows, {**tensors, **sizes}, constants, capability)
+    return compile_kernel(jit_quantize.quantize_rows, {**tensors, **sizes}, constants, capability)
 
 
 def dequantize(fmt, capability):
@@ -62,9 +62,10 @@ def dequantize(fmt, capability):
         "WIDE": False, "INTERPRETED": False,
     }  # fmt: skip
     scale = "*fp32" if fmt.scale.width > 8 else "*u8"
-    tensors = {"qdata": "*u8", "scales": scale, "outer": "*fp32", "table": "*fp32", "out": "*bf16"}
+    signature = {"qdata": "*u8", "scales": scale, "outer": "*fp32", "table": "*fp32", "out": "*bf16"}
     names = ("total", "rows", "columns", "blocks", "outer_row_stride", "outer_block_stride")
-    return compile_kernel(jit.dequantize_rows, {**tensors, **dict.fromkeys(names, "i32")}, constants, capability)
+    signature |= dict.fromkeys(names, "i32")
+    return compile_kernel(jit_dequantize.dequantize_rows, signature, constants, capability)
 
 
 def main(capability: int) -> None:

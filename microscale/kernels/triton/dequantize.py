@@ -1,15 +1,18 @@
-"""Triton dequantize: one kernel for every format and layout; see `jit.py`.
+"""Triton dequantize: one kernel for every format and layout; see `jit_dequantize.py`.
 
 Bytes for a 4-bit format to bf16: 0.5 + 1/block + 2 per element, read and written once.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from microscale.dispatch import Requires, kernel
 from microscale.kernels.triton import properties
-from microscale.kernels.triton.quantize import LANES, WARPS, _jit
+from microscale.kernels.triton.quantize import LANES, WARPS
 from microscale.numerics import codec, layout
 from microscale.spec.format import FormatSpec
 
@@ -53,6 +56,13 @@ def dequantize(
         num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def _jit() -> Any:
+    from microscale.kernels.triton import jit_dequantize
+
+    return jit_dequantize
 
 
 def _fits(fmt: FormatSpec | None) -> bool:

@@ -1,4 +1,4 @@
-"""Triton quantize: one kernel for every format, specialised by properties; see `jit.py`.
+"""Triton quantize: one kernel for every format, specialised by properties; see `jit_quantize.py`.
 
 Bytes for bf16 in, MX 4-bit out: 2 + 0.5 + 1/32 per element, read and written once. Where the outer scale is dynamic, a
 first kernel reads the input for its amax.
@@ -52,9 +52,9 @@ def _scale_fits(spec: QuantizerSpec) -> bool:
 
 @functools.cache
 def _jit() -> Any:
-    from microscale.kernels.triton import jit
+    from microscale.kernels.triton import jit_quantize
 
-    return jit
+    return jit_quantize
 
 
 REQUIRES = Requires(devices=("cuda",), packages=("triton",), checks=CHECKS)
@@ -165,7 +165,7 @@ E8M0_BIAS = 127
 
 
 def choose_encoder(rows: torch.Tensor, spec: QuantizerSpec, flat: bool) -> int:
-    """Return which encoder of `jit.py` serves a call."""
+    """Return which encoder of `jit_quantize.py` serves a call."""
     if properties.interpreted():
         return PORTABLE
     packable = flat and rows.dtype == torch.bfloat16 and rows.data_ptr() % 4 == 0

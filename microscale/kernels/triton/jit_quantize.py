@@ -1,4 +1,4 @@
-"""The jitted code of quantize and dequantize: one source for every format, specialised by its properties.
+"""The jitted code of quantize: one source for every format, specialised by its properties.
 
 Everything that decides a bit is integer arithmetic or one IEEE operation (`div_rn`, no fused multiply-add: kernels are
 launched with `enable_fp_fusion=False`), so the interpreter, every architecture and the reference give the same bytes.
@@ -10,36 +10,12 @@ import triton
 import triton.language as tl
 
 from microscale.kernels.triton import packed
+from microscale.kernels.triton.jit_common import bits_of, decode_float, float_of, power_of_two, scale_offset, widen
 
 E2M1_FROM_EXPONENTS = tl.constexpr(packed.E2M1_FROM_EXPONENTS)
 E2M1_FROM_EXPONENTS_REGISTERS = tl.constexpr(packed.registers(6))
 E2M1_FROM_FACTORS = tl.constexpr(packed.E2M1_FROM_FACTORS)
 E2M1_FROM_FACTORS_REGISTERS = tl.constexpr(packed.registers(3))
-
-
-@triton.jit
-def _bits(x):
-    return x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _float(b):
-    return b.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _widen(x):
-    """FP32 of bf16, fp16 or fp32; bf16 by its bits, because the interpreter's own conversion breaks its subnormals."""
-    if x.dtype == tl.bfloat16:
-        return _float(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def _power_of_two(exponent):
-    """FP32 2**exponent for exponents in [-127, 127]; -127 is subnormal."""
-    return _float(tl.where(exponent == -127, 0x00400000, (exponent + 127) << 23))
 
 
 @triton.jit
@@ -49,14 +25,14 @@ def _round_float(a, random, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, STOCHA
     UNIT: tl.constexpr = 2.0 ** (MANTISSA - LOWEST)
     MAGIC_EXPONENT: tl.constexpr = LOWEST - MANTISSA + 23
     MAGIC: tl.constexpr = 2.0**MAGIC_EXPONENT
-    b = _bits(a)
+    b = bits_of(a)
     if STOCHASTIC:
         normal = (b >> KEPT) + ((((b >> (KEPT - 9)) & 511) + 2 * random + 1) >> 9)
         fixed = (a * (UNIT * 512)).to(tl.int32)
         small = (fixed + 2 * random + 1) >> 9
     else:
         normal = (b + ((1 << (KEPT - 1)) - 1) + ((b >> KEPT) & 1)) >> KEPT
-        small = _bits(a + MAGIC) - ((MAGIC_EXPONENT + 127) << 23)
+        small = bits_of(a + MAGIC) - ((MAGIC_EXPONENT + 127) << 23)
     return tl.where(a < 2.0**LOWEST, small, normal - ((126 + LOWEST) << MANTISSA))
 
 
@@ -67,9 +43,9 @@ def _encode(
     MAX_CODE: tl.constexpr, NAN_CODE: tl.constexpr, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """Codes (int32) of FP32 y: round to nearest even or stochastically, saturate; NaN becomes NAN_CODE."""
-    b = _bits(y)
+    b = bits_of(y)
     magnitude_bits = b & 0x7FFFFFFF
-    a = tl.minimum(_float(magnitude_bits), MAX)
+    a = tl.minimum(float_of(magnitude_bits), MAX)
     negative = b < 0
     if KIND == 0:
         codes = _round_float(a, random, MANTISSA, LOWEST, STOCHASTIC)
@@ -82,7 +58,7 @@ def _encode(
         if STOCHASTIC:
             q = ((units * 512).to(tl.int32) + 2 * random + 1) >> 9
         else:
-            q = _bits(units + 8388608.0) - 0x4B000000
+            q = bits_of(units + 8388608.0) - 0x4B000000
         codes = tl.where(negative, -q, q) & ((1 << WIDTH) - 1)
     else:
         rank = tl.zeros_like(b)
@@ -155,22 +131,11 @@ def _e2m1_from_factors(words, factor, amax_bits, BLOCKS: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _decode_float(codes, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, WIDTH: tl.constexpr, SIGNED: tl.constexpr):
-    """FP32 values of int32 codes of a float element with subnormals; NaN and infinity codes are the caller's."""
-    magnitude = codes & ((1 << (WIDTH - SIGNED)) - 1)
-    # As the bits of a (sub)normal FP32 number the code is too small by an exact power of two.
-    value = _float(magnitude << (23 - MANTISSA)) * (2.0 ** (126 + LOWEST))
-    if SIGNED:
-        value = _float(_bits(value) | ((codes >> (WIDTH - 1)) << 31))
-    return value
-
-
-@triton.jit
 def _normalized_exponent(a, CARRY: tl.constexpr):
     """floor(log2 a) of FP32 a > 0, subnormals included, after adding CARRY to the mantissa bits."""
     small = a < 1.1754943508222875e-38
     y = tl.where(small, a * 16777216.0, a)
-    return ((_bits(y) + CARRY) >> 23) - 127 - tl.where(small, 24, 0)
+    return ((bits_of(y) + CARRY) >> 23) - 127 - tl.where(small, 24, 0)
 
 
 @triton.jit
@@ -200,11 +165,11 @@ def _scale_and_factor(
 ):  # fmt: skip
     """Stored scale (int32 code, or FP32 when S_WIDE) and the factor that elements are multiplied with."""
     finite = amax_bits < 0x7F800000
-    amax = _float(amax_bits)
-    nan = _float(tl.full(amax_bits.shape, 0x7FC00000, tl.int32))
+    amax = float_of(amax_bits)
+    nan = float_of(tl.full(amax_bits.shape, 0x7FC00000, tl.int32))
     if EXPONENT_ONLY:
         scale = _exponent_scale(amax, RULE, E_MAX, E_EMAX, E_PRECISION, S_BIAS, S_MAX_CODE)
-        factor = _power_of_two(S_BIAS - scale)
+        factor = power_of_two(S_BIAS - scale)
         scale = tl.where(finite, scale, S_NAN_CODE)
     else:
         if HAS_OUTER:
@@ -221,7 +186,7 @@ def _scale_and_factor(
         else:
             value = tl.minimum(value, S_MAX)
             scale = tl.where(finite, _round_float(value, 0, S_MANTISSA, S_LOWEST, False), S_NAN_CODE)
-            divisor = _decode_float(scale, S_MANTISSA, S_LOWEST, S_WIDTH, False)
+            divisor = decode_float(scale, S_MANTISSA, S_LOWEST, S_WIDTH, False)
         if HAS_OUTER:
             divisor = divisor * decode
         if S_NATIVE:  # the same IEEE result as the division, in a third of the instructions
@@ -246,17 +211,6 @@ def _random_bytes(seed, index):
     word = (index >> 2) & 3
     chosen = tl.where(word == 0, r0, tl.where(word == 1, r1, tl.where(word == 2, r2, r3)))
     return ((chosen >> ((index & 3) * 8).to(tl.uint32)) & 255).to(tl.int32)
-
-
-@triton.jit
-def _scale_offset(row, column, rows, blocks, SWIZZLE: tl.constexpr):
-    """Where the scale of a block stands: row-major, or in 128 x 4 tiles of its matrix of `rows` rows."""
-    if not SWIZZLE:
-        return row * blocks + column
-    tile_columns = (blocks + 3) // 4
-    matrix, r = row // rows, row % rows
-    tile = (matrix * ((rows + 127) // 128) + r // 128) * tile_columns + column // 4
-    return tile * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + column % 4
 
 
 @triton.jit
@@ -305,8 +259,8 @@ def quantize_rows(
             mask = live[:, None] & (column < columns) & (lane < BLOCK)[None, :]
             start = x + row[:, None].to(tl.int64) * row_stride
             values = tl.load(start + column.to(tl.int64) * column_stride, mask=mask, other=0.0)
-        values = _widen(values)
-        amax_bits = tl.max(_bits(values) & 0x7FFFFFFF, axis=1)
+        values = widen(values)
+        amax_bits = tl.max(bits_of(values) & 0x7FFFFFFF, axis=1)
     HAS_OUTER: tl.constexpr = OUTER > 0
     if OUTER == 2:
         outer_encode = tl.load(encode + row, mask=live, other=1.0)
@@ -321,7 +275,7 @@ def quantize_rows(
         ENCODER > 0 and S_IS_E4M3,
     )  # fmt: skip
     if SWIZZLE:
-        place = _scale_offset(row, column_block, rows, blocks, True)
+        place = scale_offset(row, column_block, rows, blocks, True)
     else:
         place = block
     tl.store(scales + place, scale if S_WIDE else scale.to(tl.uint8), mask=live)
@@ -376,124 +330,6 @@ def finite_amax(x, out, total, SIZE: tl.constexpr, ITERATIONS: tl.constexpr):
     best = tl.zeros((SIZE,), tl.int32)
     for i in tl.static_range(ITERATIONS):
         at = offset + i * SIZE
-        b = _bits(_widen(tl.load(x + at, mask=at < total, other=0.0))) & 0x7FFFFFFF
+        b = bits_of(widen(tl.load(x + at, mask=at < total, other=0.0))) & 0x7FFFFFFF
         best = tl.maximum(best, tl.where(b < 0x7F800000, b, 0))
     tl.atomic_max(out, tl.max(best, axis=0))
-
-
-@triton.jit
-def _decode(
-    codes, table, KIND: tl.constexpr, WIDTH: tl.constexpr, MANTISSA: tl.constexpr, LOWEST: tl.constexpr,
-    SIGNED: tl.constexpr, NAN: tl.constexpr, TOP: tl.constexpr,
-):  # fmt: skip
-    """FP32 values of int32 codes. NAN: 0 none, 1 codes above TOP are NaN, 2 infinity right above TOP, then NaN."""
-    if KIND == 2:
-        return tl.load(table + codes)
-    elif KIND == 1:
-        signed = tl.where(codes >= (1 << (WIDTH - 1)), codes - (1 << WIDTH), codes)
-        return signed.to(tl.float32) * (2.0 ** (-MANTISSA))
-    else:
-        value = _decode_float(codes, MANTISSA, LOWEST, WIDTH, SIGNED)
-        if NAN > 0:
-            magnitude = codes & ((1 << (WIDTH - SIGNED)) - 1)
-            special = _float(tl.full(codes.shape, 0x7FC00000, tl.int32))
-            if NAN == 2:
-                infinity = _float(0x7F800000 | ((codes >> (WIDTH - 1)) << 31))
-                special = tl.where(magnitude == TOP + 1, infinity, special)
-            value = tl.where(magnitude > TOP, special, value)
-        return value
-
-
-@triton.jit
-def _decode_scale(
-    scales, place, live, WIDE: tl.constexpr, EXPONENT_ONLY: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr,
-    MANTISSA: tl.constexpr, LOWEST: tl.constexpr, SIGNED: tl.constexpr, NAN: tl.constexpr, TOP: tl.constexpr,
-):  # fmt: skip
-    stored = tl.load(scales + place, mask=live, other=0)
-    if WIDE:
-        return stored.to(tl.float32)
-    elif EXPONENT_ONLY:
-        code = stored.to(tl.int32)
-        nan = _float(tl.full(code.shape, 0x7FC00000, tl.int32))
-        return tl.where(code > TOP, nan, _power_of_two(tl.minimum(code, TOP) - BIAS))
-    else:
-        return _decode(stored.to(tl.int32), scales, 0, WIDTH, MANTISSA, LOWEST, SIGNED, NAN, TOP)
-
-
-@triton.jit
-def _store_rounded(out, values, mask, INTERPRETED: tl.constexpr):
-    """Store FP32 values rounded to nearest even to out's dtype."""
-    if INTERPRETED and out.dtype.element_ty == tl.bfloat16:
-        # The interpreter's own conversion truncates; compiled, the hardware's rounds to nearest even.
-        b = _bits(values)
-        even = ((b + 0x7FFF + ((b >> 16) & 1)) >> 16).to(tl.int16)
-        rounded = tl.where((b & 0x7FFFFFFF) > 0x7F800000, tl.full(b.shape, 0x7FC0, tl.int16), even)
-        tl.store(out, rounded.to(tl.bfloat16, bitcast=True), mask=mask)
-    else:
-        tl.store(out, values.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def dequantize_rows(
-    qdata, scales, outer, table, out,
-    total, rows, columns, blocks, outer_row_stride, outer_block_stride,
-    BLOCK: tl.constexpr, BLOCK_BYTES: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_P2: tl.constexpr,
-    OUTER: tl.constexpr, SWIZZLE: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    EXPONENT_ONLY: tl.constexpr, S_BIAS: tl.constexpr, S_WIDE: tl.constexpr, S_WIDTH: tl.constexpr,
-    S_MANTISSA: tl.constexpr, S_LOWEST: tl.constexpr, S_SIGNED: tl.constexpr, S_NAN: tl.constexpr,
-    S_TOP: tl.constexpr, E_KIND: tl.constexpr, E_WIDTH: tl.constexpr, E_MANTISSA: tl.constexpr,
-    E_LOWEST: tl.constexpr, E_SIGNED: tl.constexpr, E_NAN: tl.constexpr, E_TOP: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Values of `total` blocks along rows of `columns` elements: (code * scale) * outer, rounded once to out's dtype.
-
-    FLAT: columns are whole blocks of BLOCK_P2 lanes, so that block i starts at i * BLOCK. OUTER: 0 none, 1 one for all,
-    2 by row and block.
-    """
-    first = tl.program_id(0) * BLOCKS
-    if WIDE:
-        first = first.to(tl.int64)
-    block = first + tl.arange(0, BLOCKS)
-    live = block < total
-    if not FLAT or SWIZZLE or OUTER == 2:
-        row, column_block = block // blocks, block % blocks
-    else:
-        row, column_block = block, block
-    if SWIZZLE:
-        place = _scale_offset(row, column_block, rows, blocks, True)
-    else:
-        place = block
-    scale = _decode_scale(
-        scales, place, live, S_WIDE, EXPONENT_ONLY, S_BIAS, S_WIDTH, S_MANTISSA, S_LOWEST, S_SIGNED, S_NAN, S_TOP
-    )
-    if OUTER == 2:
-        factor = tl.load(outer + row * outer_row_stride + column_block * outer_block_stride, mask=live, other=1.0)
-    elif OUTER == 1:
-        factor = tl.load(outer)
-    lane = tl.arange(0, BLOCK_P2)
-    if FLAT and E_WIDTH == 4:
-        octet = tl.arange(0, BLOCK // 2)
-        two = tl.load(qdata + block[:, None] * BLOCK_BYTES + octet[None, :], mask=live[:, None], other=0).to(tl.int32)
-        codes = tl.reshape(tl.join(two & 15, two >> 4), (BLOCKS, BLOCK))
-    elif FLAT and E_WIDTH == 8:
-        codes = tl.load(qdata + block[:, None] * BLOCK_BYTES + lane[None, :], mask=live[:, None], other=0).to(tl.int32)
-    else:
-        inside = live[:, None] & (lane < BLOCK)[None, :]
-        bit = lane * E_WIDTH
-        start = qdata + block[:, None] * BLOCK_BYTES
-        word = tl.load(start + (bit // 8)[None, :], mask=inside, other=0).to(tl.int32)
-        if GROUP > 2:  # a code may cross into the next byte
-            crosses = inside & (bit % 8 + E_WIDTH > 8)[None, :]
-            word = word | (tl.load(start + (bit // 8 + 1)[None, :], mask=crosses, other=0).to(tl.int32) << 8)
-        codes = (word >> (bit % 8)[None, :]) & ((1 << E_WIDTH) - 1)
-    values = _decode(codes, table, E_KIND, E_WIDTH, E_MANTISSA, E_LOWEST, E_SIGNED, E_NAN, E_TOP) * scale[:, None]
-    if OUTER == 2:
-        values = values * factor[:, None]
-    elif OUTER == 1:
-        values = values * factor
-    if FLAT:
-        _store_rounded(out + block[:, None] * BLOCK + lane[None, :], values, live[:, None], INTERPRETED)
-    else:
-        column = column_block[:, None] * BLOCK + lane[None, :]
-        mask = live[:, None] & (column < columns) & (lane < BLOCK)[None, :]
-        _store_rounded(out + row[:, None].to(tl.int64) * columns + column, values, mask, INTERPRETED)
