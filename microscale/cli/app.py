@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from microscale import __version__
-from microscale.cli import checkpoints, dispatching, doctor, specs
+from microscale.cli import bench, checkpoints, dispatching, doctor, specs
 from microscale.errors import MicroscaleError
 
 # typer bundles its own copy of click in some versions and imports it in others; its classes are the same either way.
@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
         "microscale explain matmul --format nvfp4 --shape 64x4096x11008 --device cpu",
     ),
     "doctor": (doctor.doctor, "microscale doctor"),
+    "bench": (bench.bench, "microscale bench quantize --device cuda --formats mxfp8,nvfp4"),
     "schema": (specs.schema_, "microscale schema format -o format.schema.json"),
 }
 """Every command: the function that runs it, and the example of its help."""

@@ -1,0 +1,6 @@
+"""Benchmarks: one way of timing, and suites that `microscale bench` and `benchmarks/` share."""
+
+from microscale.bench.quantize import bench_quantize
+from microscale.bench.timing import BenchReport, Row, Timer
+
+__all__ = ["BenchReport", "Row", "Timer", "bench_quantize"]
