@@ -105,9 +105,7 @@ class _StraightThrough(torch.autograd.Function):
         return matmul(quantized, weight.transpose(-1, -2), bias, x.dtype)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
         """Multiply by the weight as stored; the bias gradient sums in FP32."""
         (weight,) = ctx.saved_tensors
         dx = torch.matmul(grad, weight) if ctx.needs_input_grad[0] else None

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, Strict, model_validator
 
 from microscale.spec.base import Spec
+from microscale.spec.fields import AsInteger, FieldError, Flag, Number
 
 Kind = Literal["float", "int", "codebook"]
 NanPolicy = Literal["none", "all_ones", "ieee"]
+
+_KINDS_HINT = "a float has exponent and mantissa, an int bits and fraction, a codebook values"
+_WIDTHS = tuple(2**bits for bits in range(2, 9))
 
 
 class ElementSpec(Spec):
@@ -33,18 +37,28 @@ class ElementSpec(Spec):
     name: str = ""
     description: str = ""
     kind: Kind = "float"
-    sign: bool = True
-    exponent: int | None = Field(None, ge=1, le=8, description="exponent bits of a float")
-    mantissa: int | None = Field(None, ge=0, le=23, description="explicit mantissa bits of a float")
-    bias: int | None = Field(None, description="exponent bias of a float; default 2**(exponent-1)-1")
+    sign: Flag = True
+    exponent: Annotated[int, Strict(), Field(ge=1, le=8), AsInteger] | None = Field(
+        None, description="exponent bits of a float"
+    )
+    mantissa: Annotated[int, Strict(), Field(ge=0, le=23), AsInteger] | None = Field(
+        None, description="explicit mantissa bits of a float"
+    )
+    bias: Annotated[int, Strict(), Field(ge=-512, le=512), AsInteger] | None = Field(
+        None, description="exponent bias of a float; default 2**(exponent-1)-1"
+    )
     nan: NanPolicy = "none"
-    inf: bool = False
-    subnormals: bool = Field(True, description="false: exponent field 0 is an ordinary exponent and there is no zero")
-    bits: int | None = Field(None, ge=2, le=32, description="width of an int; derived for floats and codebooks")
-    fraction: int | None = Field(None, ge=0, description="bits right of the binary point of an int")
-    symmetric: bool = Field(True, description="an int leaves its most negative code unused")
-    values: tuple[float, ...] | None = Field(None, description="value of each code of a codebook")
-    max: float | None = Field(None, gt=0, description="largest magnitude that encoding produces")
+    inf: Flag = False
+    subnormals: Flag = Field(True, description="false: exponent field 0 is an ordinary exponent and there is no zero")
+    bits: Annotated[int, Strict(), Field(ge=2, le=32), AsInteger] | None = Field(
+        None, description="width of an int; derived for floats and codebooks"
+    )
+    fraction: Annotated[int, Strict(), Field(ge=0, le=126), AsInteger] | None = Field(
+        None, description="bits right of the binary point of an int"
+    )
+    symmetric: Flag = Field(True, description="an int leaves its most negative code unused")
+    values: tuple[Number, ...] | None = Field(None, description="value of each code of a codebook")
+    max: Number | None = Field(None, gt=0, description="largest magnitude that encoding produces")
 
     @model_validator(mode="before")
     @classmethod
@@ -68,30 +82,33 @@ class ElementSpec(Spec):
         owned = {"exponent", "mantissa", "bias", "bits", "fraction", "values"}
         wrong = sorted(f for f in owned - set(allowed) if getattr(self, f) is not None)
         if wrong:
-            raise ValueError(f"a {self.kind} element has no {', '.join(wrong)}")
+            article = "an" if self.kind == "int" else "a"
+            raise FieldError(f"{wrong[0]} does not belong to {article} {self.kind} element", _KINDS_HINT, *wrong)
 
     def _check_float(self) -> None:
         self._only("exponent", "mantissa", "bias", "bits")
         if self.exponent is None or self.mantissa is None:
-            raise ValueError("a float needs 'exponent' and 'mantissa' (an int needs 'bits', a codebook 'values')")
+            raise FieldError("a float element needs 'exponent' and 'mantissa'", _KINDS_HINT)
         if self.bias is None:
             object.__setattr__(self, "bias", 2 ** (self.exponent - 1) - 1)
         width = int(self.sign) + self.exponent + self.mantissa
         if self.bits not in (None, width):
-            raise ValueError(f"bits is {self.bits}, but sign + exponent + mantissa is {width}")
+            reason = f"bits is {self.bits}, but sign + exponent + mantissa is {width}"
+            raise FieldError(reason, "leave bits out of a float", "bits")
         object.__setattr__(self, "bits", width)
         if not 2 <= width <= 8 and self.torch_dtype is None:
-            raise ValueError(f"{width} bits: elements are 2 to 8 bits wide, or fp32, bf16, fp16 exactly")
+            reason = f"mantissa, exponent and sign are {width} bits; elements have 2 to 8"
+            raise FieldError(reason, "wider floats are fp32, bf16 and fp16, exactly", "mantissa", "exponent", "sign")
         if self.nan == "ieee" and self.mantissa == 0:
-            raise ValueError("nan: ieee needs a mantissa; use all_ones")
+            raise FieldError("nan: ieee needs a mantissa", "use nan: all_ones, or nan: none", "nan")
         if self.inf and self.nan != "ieee":
-            raise ValueError("inf: true needs nan: ieee (the top exponent holds both)")
-        top = self._top_finite_code()
-        if top < 1:
-            raise ValueError("every code is NaN, infinity or zero: the element has no maximum")
-        if self.max is not None and not self._is_finite_value(self.max):
-            raise ValueError(f"max {self.max} is not a finite value of this element")
+            raise FieldError("inf: true needs nan: ieee (the top exponent holds both)", "leave inf out", "inf")
+        if self._top_finite_code() < 1:
+            reason = "every code is NaN, infinity or zero: the element has no maximum"
+            raise FieldError(reason, "give it more bits, or nan: none", "nan", "mantissa")
         self._check_range()
+        if self.max is not None and not self._is_finite_value(self.max):
+            raise FieldError(f"max {self.max:g} is not a finite value of this element", self._near(self.max), "max")
 
     def _check_range(self) -> None:
         """Every code must decode exactly in FP32, and the codec must be able to scale by powers of two in FP32."""
@@ -99,16 +116,17 @@ class ElementSpec(Spec):
             return
         lowest = (0 if not self.subnormals else 1) - (self.bias or 0) - (self.mantissa or 0)
         if lowest < (-127 if self.exponent_only else -126) or self._float_value(self._top_finite_code()) >= 2.0**128:
-            raise ValueError(f"bias {self.bias} puts values outside FP32's normal range (2**-126 to 2**128)")
+            reason = f"bias {self.bias} puts values outside FP32's normal range (2**-126 to 2**128)"
+            raise FieldError(reason, f"leave it out for {2 ** ((self.exponent or 1) - 1) - 1}", "bias", "exponent")
 
     def _check_int(self) -> None:
         self._only("bits", "fraction")
         if self.bits is None or self.bits > 8:
-            raise ValueError("an int element needs 'bits' from 2 to 8")
+            raise FieldError("an int element needs 'bits' from 2 to 8", _KINDS_HINT, "bits")
         if self.nan != "none" or self.inf:
-            raise ValueError("an int element has no NaN and no infinity")
+            raise FieldError("an int element has no NaN and no infinity", "leave nan and inf out", *self._specials())
         if self.max is not None:
-            raise ValueError("an int element derives its maximum from bits and fraction")
+            raise FieldError("an int element derives its maximum from bits and fraction", "leave max out", "max")
         if self.fraction is None:
             object.__setattr__(self, "fraction", 0)
 
@@ -117,16 +135,31 @@ class ElementSpec(Spec):
         values = self.values or ()
         width = len(values).bit_length() - 1
         if len(values) != 2**width or not 2 <= width <= 8:
-            raise ValueError(f"a codebook needs 2**bits values, 2 to 8 bits; got {len(values)}")
+            reason = f"a codebook needs 2**bits values, 2 to 8 bits; got {len(values)}"
+            raise FieldError(
+                reason, f"give {', '.join(map(str, _WIDTHS[:-1]))} or {_WIDTHS[-1]}, one twice if need be", "values"
+            )
         if self.bits not in (None, width):
-            raise ValueError(f"bits is {self.bits}, but {len(values)} values are {width} bits")
+            reason = f"bits is {self.bits}, but {len(values)} values are {width} bits"
+            raise FieldError(reason, "leave bits out of a codebook", "bits")
         object.__setattr__(self, "bits", width)
-        if not all(math.isfinite(v) for v in values):
-            raise ValueError("codebook values must be finite")
-        if len({v for v in values if v != 0}) == 0:
-            raise ValueError("every value is zero: the element has no maximum")
+        for i, value in enumerate(values):
+            if not abs(value) < 2.0**128:
+                raise FieldError(f"values[{i}] is {value:g}", "a codebook holds finite FP32 numbers", ("values", i))
+        if not any(values):
+            raise FieldError("every value is zero: the element has no maximum", "give one that is not", "values")
         if self.nan != "none" or self.inf or self.max is not None:
-            raise ValueError("a codebook has no NaN, no infinity and no separate max")
+            reason = "a codebook has no NaN, no infinity and no separate max"
+            raise FieldError(reason, "leave nan, inf and max out", *self._specials(), "max")
+
+    def _specials(self) -> list[str]:
+        return [key for key, given in (("nan", self.nan != "none"), ("inf", self.inf)) if given]
+
+    def _near(self, value: float) -> str:
+        """Hint with the values of an element that are nearest to one that it has not."""
+        values = {v for v in self.table if 0 < v < math.inf} if self.width <= 8 else set()
+        near = sorted(sorted(values, key=lambda v: abs(v - min(value, 2 * max(values))))[:2])
+        return f"near it are {' and '.join(f'{v:g}' for v in near)}" if near else "leave max out"
 
     def _default_name(self) -> str:
         if self.kind == "float":

@@ -5,16 +5,18 @@ x  ~=  decode(qdata) * decode(scale) * outer_scale          (all stored scales a
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, Strict, model_validator
 
 from microscale.spec.base import Spec
 from microscale.spec.element import ElementSpec
+from microscale.spec.fields import AsInteger, FieldError, Name, Number
 
 BaseRule = Literal["floor", "ceil", "rceil", "even", "nearest"]
 EXPONENT_RULES = ("floor", "ceil", "rceil", "even")
 MANTISSA_RULES = ("nearest",)
+MAX_BLOCK = 65536  # data is padded to whole blocks: a slip of the keyboard must not ask for terabytes
 
 
 class ScaleRuleSpec(Spec):
@@ -27,19 +29,23 @@ class ScaleRuleSpec(Spec):
 
     name: str = ""
     base: BaseRule | None = Field(None, description="default: floor for exponent-only scales, nearest otherwise")
-    candidates: tuple[float, ...] = Field((), description="multipliers of the amax to try")
+    candidates: tuple[Number, ...] = Field((), description="multipliers of the amax to try")
     metric: Literal["mse", "mae", "max"] | None = Field(None, description="error that picks the candidate")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if bool(self.candidates) != (self.metric is not None):
-            raise ValueError("candidates and metric go together")
-        if any(not 0 < c < 16 for c in self.candidates):
-            raise ValueError("candidates are multipliers of the amax between 0 and 16")
-        if len(set(self.candidates)) != len(self.candidates):
-            raise ValueError("a candidate is listed twice")
+            absent = "metric: mse" if self.candidates else "candidates: [1.0, 1.5]"
+            raise FieldError("candidates and metric go together", f"add {absent}, for example", "candidates", "metric")
+        for i, c in enumerate(self.candidates):
+            if not 0 < c < 16:
+                hint = "candidates are multipliers of the amax between 0 and 16"
+                raise FieldError(f"candidates[{i}] is {c:g}", hint, ("candidates", i))
+            if c in self.candidates[:i]:
+                raise FieldError(f"candidates[{i}], {c:g}, is listed twice", "delete one", ("candidates", i))
         if self.base is None and not self.candidates:
-            raise ValueError("a scale rule needs a base rule, or candidates and a metric")
+            hint = f"write base: {EXPONENT_RULES[0]}, or candidates: [1.0, 1.5] and metric: mse"
+            raise FieldError("a scale rule needs a base rule, or candidates and a metric", hint)
         if not self.name:
             label = self.base if not self.candidates else f"best_of_{len(self.candidates)}_by_{self.metric}"
             object.__setattr__(self, "name", label)
@@ -55,49 +61,60 @@ class OuterScaleSpec(Spec):
 
     dtype: Literal["fp32"] = "fp32"
     per: Literal["tensor", "row", "expert"] = "tensor"
-    scale_max: float | None = Field(None, gt=0)
+    scale_max: Number | None = Field(None, gt=0, description="block scale that the largest block gets")
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, data: object) -> object:
+        if isinstance(data, str) and data != "fp32":
+            hint = f"write {{per: {data}}}" if data in ("tensor", "row", "expert") else "write fp32, or {per: row}"
+            raise FieldError(f"outer_scale {data!r} is not one of fp32, or a mapping", hint)
         return {"dtype": data} if isinstance(data, str) else data
+
+    @property
+    def name(self) -> str:
+        """What there is one of, and the scale aimed at where that is given: "row", "tensor:256"."""
+        return self.per if self.scale_max is None else f"{self.per}:{self.scale_max:.17g}"
 
 
 class FormatSpec(Spec):
     """One microscaling format. Everything that quantize, the kernels, the docs and the tests know of it is derived."""
 
-    name: str
+    name: Name
     description: str = ""
     element: ElementSpec
-    block: int = Field(ge=1, description="elements that share one scale, along one axis")
+    block: Annotated[int, Strict(), Field(ge=1, le=MAX_BLOCK), AsInteger] = Field(
+        description="elements that share one scale, along one axis"
+    )
     scale: ElementSpec
     scale_rule: ScaleRuleSpec
     outer_scale: OuterScaleSpec | None = None
     references: tuple[str, ...] = ()
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        if not name or name != name.strip() or "/" in name or name.endswith((".yaml", ".yml")):
-            raise ValueError(f"{name!r} cannot be a format's name (no '/', no .yaml ending, no outer spaces)")
-        return name
+    _base: FormatSpec | None = PrivateAttr(None)  # what this is a variant of
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         element, scale = self.element, self.scale
         if element.width > 8:
-            raise ValueError(f"element {element.name} is {element.width} bits wide; elements have 2 to 8")
-        if element.exponent_only or (not element.sign and element.kind == "float"):
-            raise ValueError(f"element {element.name} has no sign; it can only be a scale")
-        if self.block % element.pack_group:
-            raise ValueError(
-                f"block {self.block} is no multiple of {element.pack_group}, the {element.width}-bit elements "
-                "that fill whole bytes"
+            reason = f"element {element.name} is {element.width} bits wide; elements have 2 to 8"
+            raise FieldError(reason, f"{element.name} can only be a scale", "element")
+        if element.kind == "float" and not element.sign:
+            raise FieldError(
+                f"element {element.name} has no sign; it can only be a scale", "use one that has a sign", "element"
             )
+        if self.block % (group := element.pack_group):
+            reason = (
+                f"block {self.block} is no multiple of {group}, the {element.width}-bit elements that fill whole bytes"
+            )
+            below, above = (self.block // group * group, (self.block // group + 1) * group)
+            raise FieldError(reason, f"use {f'{below} or ' if below else ''}{above}", "block", "element")
         if scale.kind != "float":
-            raise ValueError(f"scale {scale.name} is a {scale.kind}; scales are floats")
+            article = "an" if scale.kind == "int" else "a"
+            reason = f"scale {scale.name} is {article} {scale.kind} element; scales are floats"
+            raise FieldError(reason, "use e8m0, e4m3 or fp32, for example", "scale")
         if not scale.has_nan:
-            raise ValueError(f"scale {scale.name} has no NaN code, so a block with NaN or Inf could not be marked")
+            reason = f"scale {scale.name} has no NaN code, so a block with NaN or Inf could not be marked"
+            raise FieldError(reason, "use e8m0, e4m3 or fp32, or declare its nan: all_ones", "scale")
         self._check_rule()
         self._check_outer()
         return self
@@ -110,25 +127,31 @@ class FormatSpec(Spec):
             rule = ScaleRuleSpec(name=rule.name, base=base, candidates=rule.candidates, metric=rule.metric)
             object.__setattr__(self, "scale_rule", rule)
         if rule.base not in allowed:
-            kind = "only an exponent" if scale.exponent_only else "a mantissa"
-            raise ValueError(
-                f"scale rule {rule.base!r} does not fit scale {scale.name}, which has {kind}: use {', '.join(allowed)}"
-            )
+            kinds = ("only an exponent", "a mantissa")
+            kind, other = kinds if scale.exponent_only else kinds[::-1]
+            label = rule.base if rule.name == rule.base else f"{rule.name} (base {rule.base})"
+            reason = f"scale_rule {label} does not fit scale {scale.name}, which has {kind}"
+            hint = f"use scale_rule {', '.join(allowed)}, or a scale with {other}"
+            raise FieldError(reason, hint, "scale_rule", "scale")
         if rule.base == "even" and self.element.precision is None:
-            raise ValueError("scale rule 'even' needs the element's mantissa width, which a codebook has not")
+            reason = "scale_rule even needs the element's mantissa width, which a codebook has not"
+            raise FieldError(reason, "use scale_rule floor, ceil or rceil", "scale_rule", "element")
 
     def _check_outer(self) -> None:
         if self.outer_scale is None:
             return
         if self.scale.exponent_only:
-            raise ValueError(
-                f"an outer scale needs a block scale with a mantissa; {self.scale.name} has only an exponent"
+            reason = f"outer_scale needs a scale with a mantissa; {self.scale.name} has only an exponent"
+            raise FieldError(
+                reason, "use a scale such as e4m3, or a format without outer_scale", "outer_scale", "scale"
             )
         if self.scale.width > 8:
-            raise ValueError(f"an outer scale adds nothing to a {self.scale.width}-bit block scale")
+            reason = f"outer_scale adds nothing to a {self.scale.width}-bit scale"
+            raise FieldError(reason, "use an 8-bit scale, or a format without outer_scale", "outer_scale", "scale")
         top = self.outer_scale.scale_max
         if top is not None and top > self.scale.max_value:
-            raise ValueError(f"scale_max {top} is above the largest {self.scale.name}, {self.scale.max_value}")
+            reason = f"scale_max {top:g} is above the largest {self.scale.name}, {self.scale.max_value:g}"
+            raise FieldError(reason, "leave scale_max out to use that", ("outer_scale", "scale_max"), "scale")
 
     # -- derived --
 
@@ -154,12 +177,20 @@ class FormatSpec(Spec):
         return (self.element.key, self.block, self.scale.key)
 
     def variant(self, **changes: Any) -> FormatSpec:
-        """Return this format with some fields changed and a name that says which; unchanged values change nothing."""
-        real = {k: v for k, v in changes.items() if v is not None and v != getattr(self, k)}
-        if not real:
+        """Return this format with some fields changed and a name that says which, as in nvfp4[block=32].
+
+        What equals the format's own value changes nothing, and a variant of a variant is named after the first format.
+        Raises ValueError (pydantic's) for what cannot be.
+        """
+        given = {**{name: getattr(self, name) for name in type(self).model_fields}, **changes}
+        made, base = FormatSpec(**given), self._base or self
+        if made == self:
             return self
-        label = ",".join(f"{k}={getattr(v, 'name', v)}" for k, v in sorted(real.items()))
-        data = {name: getattr(self, name) for name in type(self).model_fields}
-        if "scale" in real and "scale_rule" not in real and real["scale"].exponent_only != self.scale.exponent_only:
-            raise ValueError(f"a scale of another kind needs a scale_rule too: {label}")
-        return FormatSpec(**{**data, **real, "name": f"{self.name}[{label}]"})
+        parts = {k: getattr(made, k) for k in sorted(given) if k not in (*self.prose, "name")}
+        real = {k: v for k, v in parts.items() if v != getattr(base, k)}
+        if not real:
+            return base
+        label = ",".join(f"{k}={'none' if v is None else getattr(v, 'name', v)}" for k, v in real.items())
+        made = FormatSpec(**{**given, "name": f"{base.name}[{label}]"})
+        made._base = base
+        return made

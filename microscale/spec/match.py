@@ -18,7 +18,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     source = text if text != pattern else fnmatch.translate(pattern)
     try:
         return re.compile(source)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"bad pattern {pattern!r}: {error}") from None
 
 

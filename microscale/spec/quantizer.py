@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from microscale.spec.base import Spec
-from microscale.spec.format import FormatSpec
+from microscale.spec.explain import seen
+from microscale.spec.fields import FieldError, Integer
+from microscale.spec.format import MAX_BLOCK, FormatSpec
 
 HADAMARD_SIZES = (2, 4, 8, 16, 32, 64, 128)
 
@@ -18,20 +21,27 @@ class HadamardSpec(Spec):
     `sign` is a vector of +1 and -1 of length `size`; None is all +1. A size alone (`hadamard: 16`) is accepted.
     """
 
-    size: int
-    sign: tuple[int, ...] | None = None
+    size: Integer
+    sign: tuple[Integer, ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _from_size(cls, data: object) -> object:
-        return {"size": data} if isinstance(data, int) else data
+        if isinstance(data, int) and not isinstance(data, bool):
+            return {"size": data}
+        if not isinstance(data, Mapping | HadamardSpec):
+            hint = f"sizes: {', '.join(map(str, HADAMARD_SIZES))}"
+            raise FieldError(f"hadamard must be a size, or a mapping with size and sign, not {seen(data)}", hint)
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.size not in HADAMARD_SIZES:
-            raise ValueError(f"Hadamard size {self.size}: use one of {', '.join(map(str, HADAMARD_SIZES))}")
+            hint = f"use one of {', '.join(map(str, HADAMARD_SIZES))}"
+            raise FieldError(f"Hadamard size {self.size} is no power of two from 2 to 128", hint, "size")
         if self.sign is not None and (len(self.sign) != self.size or any(s not in (1, -1) for s in self.sign)):
-            raise ValueError(f"sign needs {self.size} entries of +1 or -1")
+            hint = "leave it out for all +1"
+            raise FieldError(f"sign needs {self.size} entries of +1 or -1, not {seen(self.sign)}", hint, "sign")
         return self
 
 
@@ -40,7 +50,7 @@ class QuantizerSpec(Spec):
 
     format: FormatSpec
     rounding: Literal["nearest_even", "stochastic"] = "nearest_even"
-    scale_tile: tuple[int, int] | None = Field(None, description="rows and columns that share one amax")
+    scale_tile: tuple[Integer, Integer] | None = Field(None, description="rows and columns that share one amax")
     hadamard: HadamardSpec | None = None
     outer_scale_mode: Literal["dynamic", "static"] = Field(
         "dynamic", description="static: the amax comes from calibration, not from the tensor at hand"
@@ -49,21 +59,32 @@ class QuantizerSpec(Spec):
     @field_validator("scale_tile", mode="before")
     @classmethod
     def _square(cls, value: object) -> object:
-        return (value, value) if isinstance(value, int) else value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return (value, value)
+        if value is not None and not (isinstance(value, list | tuple) and len(value) == 2):
+            hint = "write [16, 16], or 16 for a square"
+            raise FieldError(f"scale_tile must be rows and columns, not {seen(value)}", hint)
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         fmt = self.format
         if self.scale_tile is not None:
             rows, columns = self.scale_tile
-            if rows < 1 or columns < 1 or columns % fmt.block:
-                raise ValueError(f"scale_tile {rows}x{columns}: columns must be a multiple of the block, {fmt.block}")
+            tile = f"scale_tile {rows}x{columns}"
+            if not (1 <= rows <= MAX_BLOCK and 1 <= columns <= MAX_BLOCK):
+                raise FieldError(f"{tile}: rows and columns are from 1 to {MAX_BLOCK}", "write [16, 16]", "scale_tile")
+            if columns % fmt.block:
+                reason = f"{tile}: columns must be a multiple of the block, {fmt.block}"
+                raise FieldError(reason, f"write [{rows}, {fmt.block}], or change the block", "scale_tile", "block")
             if rows > 1 and fmt.outer_scale is not None and fmt.outer_scale.per == "row":
-                raise ValueError("a scale_tile of several rows cannot have an outer scale per row")
+                reason = f"{tile} of several rows cannot have an outer scale per row"
+                raise FieldError(reason, "use outer_scale: {per: tensor}, or one row", "scale_tile", "outer_scale")
             if (rows, columns) == (1, fmt.block):
                 object.__setattr__(self, "scale_tile", None)
         if self.outer_scale_mode == "static" and fmt.outer_scale is None:
-            raise ValueError(f"outer_scale_mode: static, but {fmt.name} has no outer scale")
+            reason = f"outer_scale_mode static, but {fmt.name} has no outer scale"
+            raise FieldError(reason, "leave it out, or use a format with outer_scale", "outer_scale_mode")
         return self
 
     @property

@@ -14,7 +14,9 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from microscale.errors import did_you_mean
 from microscale.spec.base import Spec
+from microscale.spec.fields import FieldError, Flag, Name
 from microscale.spec.match import compile_pattern, matches
 from microscale.spec.quantizer import QuantizerSpec
 
@@ -40,7 +42,7 @@ class Rule(Spec):
     match: tuple[str, ...]
     types: tuple[LayerType, ...] = ("linear",)
     keep: Literal["high_precision"] | None = None
-    optional: bool = Field(False, description="true: matching no layer is no error")
+    optional: Flag = Field(False, description="true: matching no layer is no error")
     fprop: GemmSpec | None = None
     dgrad: GemmSpec | None = None
     wgrad: GemmSpec | None = None
@@ -54,25 +56,31 @@ class Rule(Spec):
     @classmethod
     def _check_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         if not patterns:
-            raise ValueError("match needs at least one pattern")
-        for pattern in patterns:
-            compile_pattern(pattern)
+            raise FieldError("match needs at least one pattern", "write match: '*' for every layer")
+        for i, pattern in enumerate(patterns):
+            try:
+                compile_pattern(pattern)
+            except ValueError as error:
+                hint = "after re: stands a Python regular expression; without it a pattern is a glob, as in '*.q_proj'"
+                raise FieldError(str(error), hint, (i,)) from None
         return patterns
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         gemms = self.gemms()
         if (self.keep is not None) == bool(gemms):
-            raise ValueError("a rule either keeps high_precision or names quantizers in fprop, dgrad or wgrad")
+            reason = "a rule either keeps high_precision or names quantizers in fprop, dgrad or wgrad"
+            hint = "delete one of the two" if gemms else "write keep: high_precision, or fprop: {weight: NAME}"
+            raise FieldError(reason, hint, *(["keep"] if gemms else []))
         allowed = {"fprop": {"input", "weight"}, "dgrad": {"grad_output", "weight"}, "wgrad": {"grad_output", "input"}}
         for name, gemm in gemms.items():
             wrong = set(gemm.operands()) - allowed[name]
             if wrong:
-                raise ValueError(
-                    f"{name} has no operand {sorted(wrong)[0]!r}; it has {' and '.join(sorted(allowed[name]))}"
-                )
+                operand = sorted(wrong)[0]
+                hint = f"its operands are {' and '.join(sorted(allowed[name]))}"
+                raise FieldError(f"{name} has no operand {operand!r}", hint, (name, operand))
             if not gemm.operands():
-                raise ValueError(f"{name} names no quantizer; leave it out to keep it in high precision")
+                raise FieldError(f"{name} names no quantizer", "leave it out to keep it in high precision", name)
         return self
 
     def gemms(self) -> dict[str, GemmSpec]:
@@ -88,7 +96,7 @@ class Rule(Spec):
 class RecipeSpec(Spec):
     """A named set of quantizers and an ordered list of rules."""
 
-    name: str
+    name: Name
     description: str = ""
     quantizers: dict[str, QuantizerSpec] = Field(min_length=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
@@ -96,19 +104,23 @@ class RecipeSpec(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name in self.quantizers:
+            if not name.strip() or not name.isprintable():
+                raise FieldError(f"a quantizer cannot be called {name!r}", "give it a name", ("quantizers", name))
         used: set[str] = set()
         for i, rule in enumerate(self.rules):
             for gemm_name, gemm in rule.gemms().items():
                 for operand, quantizer in gemm.operands().items():
                     if quantizer not in self.quantizers:
-                        raise ValueError(
-                            f"rules[{i}].{gemm_name}.{operand}: no quantizer {quantizer!r} in this recipe; "
-                            f"it has {', '.join(self.quantizers)}"
-                        )
+                        close = did_you_mean(quantizer, self.quantizers)
+                        hint = close or f"it has {', '.join(self.quantizers)}"
+                        where = ("rules", i, gemm_name, operand)
+                        raise FieldError(f"no quantizer {quantizer!r} in this recipe", hint, where)
                     used.add(quantizer)
         unused = sorted(set(self.quantizers) - used)
         if unused:
-            raise ValueError(f"quantizer {unused[0]!r} is used by no rule")
+            hint = "delete it, or name it in a rule's fprop, dgrad or wgrad"
+            raise FieldError(f"quantizer {unused[0]!r} is used by no rule", hint, ("quantizers", unused[0]))
         return self
 
     @property

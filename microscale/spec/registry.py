@@ -11,12 +11,15 @@ import functools
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from microscale.errors import SpecError, unknown_name
-from microscale.spec import document
-from microscale.spec.document import Document, Path_
+from pydantic import BaseModel
+
+from microscale.errors import SpecError, UnknownNameError, unknown_name
+from microscale.spec import document, paths
+from microscale.spec.document import Document, Path_, check_keys, checking
 from microscale.spec.element import ElementSpec
+from microscale.spec.explain import noun, required_keys, seen, unknown_key
 from microscale.spec.format import FormatSpec, OuterScaleSpec, ScaleRuleSpec
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.recipe import RecipeSpec
@@ -26,11 +29,10 @@ FormatLike = str | Path | Mapping[str, Any] | FormatSpec
 QuantizerLike = FormatLike | QuantizerSpec
 RecipeLike = str | Path | Mapping[str, Any] | RecipeSpec
 
-_FORMAT_KEYS = tuple(FormatSpec.model_fields)
 _VARIANT_KEYS = ("element", "block", "scale", "scale_rule", "outer_scale")
 _QUANTIZER_KEYS = ("rounding", "scale_tile", "hadamard", "outer_scale_mode")
-_NOT_FORMATS = {"elements", "scale_rules"}
 
+_Spec = TypeVar("_Spec", bound=BaseModel)
 _user_formats: dict[str, FormatSpec] = {}
 _user_recipes: dict[str, RecipeSpec] = {}
 
@@ -47,14 +49,21 @@ def data_folder(kind: str) -> Path:
 
 @functools.cache
 def _elements() -> dict[str, ElementSpec]:
-    doc = document.read(data_folder("formats") / "elements.yaml")
-    return {name: _element({"name": name, **body}, doc, (name,)) for name, body in doc.data.items()}
+    return _entries("elements.yaml", _element)
 
 
 @functools.cache
 def _scale_rules() -> dict[str, ScaleRuleSpec]:
-    doc = document.read(data_folder("formats") / "scale_rules.yaml")
-    return {name: _scale_rule({"name": name, **body}, doc, (name,)) for name, body in doc.data.items()}
+    return _entries("scale_rules.yaml", _scale_rule)
+
+
+def _entries(file: str, build: Callable[[Any, Document, Path_], Any]) -> dict[str, Any]:
+    """The specs of a file that holds a mapping for each name."""
+    doc = document.read(data_folder("formats") / file)
+    for path, part in [((), doc.data), *(((name,), body) for name, body in dict(doc.data or {}).items())]:
+        if not isinstance(part, dict):
+            raise doc.error(path, f"{path[-1] if path else file} must be a mapping, not {seen(part)}")
+    return {name: build({"name": name, **body}, doc, (name,)) for name, body in doc.data.items()}
 
 
 def list_elements() -> list[str]:
@@ -73,30 +82,55 @@ def find_element(source: str | Mapping[str, Any] | ElementSpec) -> ElementSpec:
 
 
 def _element(source: Any, doc: Document, path: Path_) -> ElementSpec:
-    if isinstance(source, ElementSpec):
-        return source
     if isinstance(source, str):
         return _by_name("element", source, _elements(), doc, path)
-    fields = tuple(ElementSpec.model_fields)
-    return document.validated(lambda: ElementSpec.model_validate(source), doc, path, fields)
+    return _from_mapping(ElementSpec, source, doc, path)
 
 
 def _scale_rule(source: Any, doc: Document, path: Path_) -> ScaleRuleSpec:
-    if isinstance(source, ScaleRuleSpec):
-        return source
     if isinstance(source, str):
         return _by_name("scale rule", source, _scale_rules(), doc, path)
-    fields = tuple(ScaleRuleSpec.model_fields)
-    return document.validated(lambda: ScaleRuleSpec.model_validate(source), doc, path, fields)
+    return _from_mapping(ScaleRuleSpec, source, doc, path)
+
+
+def _outer_scale(source: Any, doc: Document, path: Path_) -> OuterScaleSpec:
+    if isinstance(source, str):
+        with checking(OuterScaleSpec, doc, path):
+            return OuterScaleSpec.model_validate(source)
+    return _from_mapping(OuterScaleSpec, source, doc, path)
+
+
+_PARTS: dict[str, Callable[[Any, Document, Path_], Any]] = {
+    "element": _element,
+    "scale": _element,
+    "scale_rule": _scale_rule,
+    "outer_scale": _outer_scale,
+}
+
+
+def _from_mapping(model: type[_Spec], source: Any, doc: Document, path: Path_) -> _Spec:
+    """A record from data; a record is returned as it is."""
+    if isinstance(source, model):
+        return source
+    if not isinstance(source, Mapping):
+        hint = f"its keys are {', '.join(model.model_fields)}"
+        what = path[-1] if path else noun(model)
+        raise doc.error(path, f"{what} must be a name or a mapping, not {seen(source)}", hint)
+    with checking(model, doc, path):
+        return model.model_validate(source)
 
 
 def _by_name(kind: str, name: str, known: Mapping[str, Any], doc: Document, path: Path_) -> Any:
     if name not in known:
         error = unknown_name(kind, name, known)
-        error.message = f"{doc.where(path)} {error.message}" if doc.marks else error.message
-        error.args = (error.message, error.hint)
-        raise error
+        raise doc.error(path, error.message, error.hint, kind=UnknownNameError)
     return known[name]
+
+
+def _file(kind: str, source: str | Path, doc: Document, path: Path_) -> Path:
+    # No entry points among the names: while they load, a bad path in one must not load them again.
+    names = [*_shipped(f"{kind}s"), *(_user_formats if kind == "format" else _user_recipes)]
+    return paths.find_file(kind, source, names, doc, path)
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -107,7 +141,7 @@ def _shipped(kind: str) -> dict[str, Path]:
     folder = data_folder(kind)
     if not folder.is_dir():
         raise SpecError(f"the shipped {kind} are missing ({folder})", "reinstall microscale")
-    return {p.stem: p for p in sorted(folder.glob("*.yaml")) if p.stem not in _NOT_FORMATS}
+    return {p.stem: p for p in sorted(folder.glob("*.yaml")) if p.stem not in paths.NOT_FORMATS}
 
 
 @functools.cache
@@ -143,8 +177,8 @@ def find_format(source: FormatLike) -> FormatSpec:
 def _format(source: Any, doc: Document, path: Path_) -> FormatSpec:
     if isinstance(source, FormatSpec):
         return source
-    if isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
-        return _load_format(_relative(source, doc))
+    if isinstance(source, Path) or (isinstance(source, str) and paths.is_path(source)):
+        return _load_format(_file("format", source, doc, path))
     if isinstance(source, str):
         if source in _user_formats:
             return _user_formats[source]
@@ -153,53 +187,40 @@ def _format(source: Any, doc: Document, path: Path_) -> FormatSpec:
         known: dict[str, FormatSpec | None] = {**dict.fromkeys(list_formats()), **_entry_point_formats()}
         return _by_name("format", source, known, doc, path)
     if not isinstance(source, Mapping):
-        raise doc.error(path, f"a format is a name, a path or a mapping, not {type(source).__name__}")
+        raise doc.error(path, f"a format is a name, a path or a mapping, not {seen(source)}", "for example mxfp4")
     return _build_format(dict(source), doc, path)
 
 
 def _build_format(data: dict[str, Any], doc: Document, path: Path_) -> FormatSpec:
-    for key in ("name", "element", "block", "scale", "scale_rule"):
-        if key not in data:
-            raise doc.error(path, f"missing key {key!r}", "a format needs name, element, block, scale, scale_rule")
-    data = _resolve_parts(data, doc, path)
-    return document.validated(lambda: FormatSpec(**data), doc, path, _FORMAT_KEYS)
+    for key in data:
+        if key in ("format", *_QUANTIZER_KEYS):
+            hint = (
+                f"a variant is a quantizer, not a format: {{format: NAME, {key if key != 'format' else 'block'}: ...}}"
+            )
+            raise doc.explained(unknown_key(path, key, (), hint))
+    check_keys(data, doc, path, "a format", FormatSpec.model_fields, required_keys(FormatSpec))
+    parts = _resolve_parts(data, doc, path)
+    with checking(FormatSpec, doc, path):
+        return FormatSpec(**parts)
 
 
 def _resolve_parts(data: Mapping[str, Any], doc: Document, path: Path_) -> dict[str, Any]:
     """Replace the names and mappings of element, scale, scale_rule and outer_scale by specs."""
     made = dict(data)
-    if "element" in made:
-        made["element"] = _element(made["element"], doc, (*path, "element"))
-    if "scale" in made:
-        made["scale"] = _element(made["scale"], doc, (*path, "scale"))
-    if "scale_rule" in made:
-        made["scale_rule"] = _scale_rule(made["scale_rule"], doc, (*path, "scale_rule"))
-    if made.get("outer_scale") is not None:
-        raw, where = made["outer_scale"], (*path, "outer_scale")
-        fields = tuple(OuterScaleSpec.model_fields)
-        made["outer_scale"] = document.validated(lambda: OuterScaleSpec.model_validate(raw), doc, where, fields)
+    for key in (k for k in data if k in _PARTS):
+        if key != "outer_scale" or data[key] is not None:
+            made[key] = _PARTS[key](data[key], doc, (*path, key))
     return made
 
 
 def _load_format(path: Path) -> FormatSpec:
     doc = document.read(path)
     if not isinstance(doc.data, dict):
-        raise doc.error((), "a format file is a mapping")
+        raise doc.error((), f"a format file is a mapping, not {seen(doc.data)}", "write name: first, one key a line")
     spec = _build_format(doc.data, doc, ())
     if spec.name != path.stem:
         raise doc.error(("name",), f"name {spec.name!r} in a file called {path.name}", f"rename one: {spec.name}.yaml")
     return spec
-
-
-def _is_path(text: str) -> bool:
-    return "/" in text or "\\" in text or text.endswith((".yaml", ".yml"))
-
-
-def _relative(source: str | Path, doc: Document) -> Path:
-    """A path inside a YAML file is relative to that file."""
-    path = Path(source).expanduser()
-    beside = Path(doc.origin).parent / path
-    return beside if doc.marks and not path.is_absolute() and beside.exists() else path
 
 
 def _formats_in(source: FormatLike) -> Iterator[FormatSpec]:
@@ -218,9 +239,7 @@ def register_format(source: FormatLike, *, replace: bool = False) -> list[Format
     added = list(_formats_in(source))
     for spec in added:
         if not replace and spec.name in list_formats() and find_format(spec.name) != spec:
-            raise SpecError(
-                f"format {spec.name!r} exists with another definition", "choose another name, or pass replace=True"
-            )
+            raise _taken("format", spec.name)
     _user_formats.update({spec.name: spec for spec in added})
     return added
 
@@ -236,7 +255,8 @@ def find_quantizer(source: QuantizerLike, **changes: Any) -> QuantizerSpec:
     """Return the quantizer for a format name, path, spec, mapping, or an inline variant, with `changes` applied.
 
     `changes` are any of element, block, scale, scale_rule, outer_scale (they make a variant of the format) and
-    rounding, scale_tile, hadamard, outer_scale_mode; None means unchanged.
+    rounding, scale_tile, hadamard, outer_scale_mode. As a keyword None means unchanged; in a mapping it means none, so
+    that `{format: nvfp4, outer_scale: null}` has no outer scale.
     """
     changes = {k: v for k, v in changes.items() if v is not None}
     if not changes and isinstance(source, str) and source in _shipped("formats") and source not in _user_formats:
@@ -254,34 +274,22 @@ def _plain_quantizer(name: str) -> QuantizerSpec:
 def _quantizer(source: Any, doc: Document, path: Path_) -> QuantizerSpec:
     if isinstance(source, QuantizerSpec):
         return source
-    if isinstance(source, Mapping) and "format" in source:
-        fmt = _format(source["format"], doc, (*path, "format"))
-        changes = {k: v for k, v in source.items() if k != "format"}
-        return _changed(QuantizerSpec(format=fmt), changes, doc, path)
-    return QuantizerSpec(format=_format(source, doc, path))
+    if not isinstance(source, Mapping) or ("name" in source and "format" not in source):
+        return QuantizerSpec(format=_format(source, doc, path))
+    check_keys(source, doc, path, "a quantizer", ("format", *_VARIANT_KEYS, *_QUANTIZER_KEYS), ("format",))
+    base = QuantizerSpec(format=_format(source["format"], doc, (*path, "format")))
+    return _changed(base, {k: v for k, v in source.items() if k != "format"}, doc, path)
 
 
 def _changed(base: QuantizerSpec, changes: Mapping[str, Any], doc: Document, path: Path_) -> QuantizerSpec:
-    known = (*_VARIANT_KEYS, *_QUANTIZER_KEYS)
-    for key in changes:
-        if key not in known:
-            raise doc.error(
-                (*path, key), f"unknown key {key!r}", document._explain({"type": "extra_forbidden"}, (key,), known)[1]
-            )
+    check_keys(changes, doc, path, "a variant", (*_VARIANT_KEYS, *_QUANTIZER_KEYS))
     parts = _resolve_parts({k: v for k, v in changes.items() if k in _VARIANT_KEYS}, doc, path)
     own = {k: v for k, v in changes.items() if k in _QUANTIZER_KEYS}
-
-    def build() -> QuantizerSpec:
-        try:
-            fmt = base.format.variant(**parts)
-        except ValueError as error:  # pydantic's ValidationError is one too, but carries its own position
-            if type(error) is ValueError:
-                raise doc.error(path, str(error)) from None
-            raise
-        kept = {name: getattr(base, name) for name in _QUANTIZER_KEYS}
+    kept = {name: getattr(base, name) for name in _QUANTIZER_KEYS}
+    with checking(FormatSpec, doc, path):
+        fmt = base.format.variant(**parts)
+    with checking(QuantizerSpec, doc, path):
         return QuantizerSpec(format=fmt, **{**kept, **own})
-
-    return document.validated(build, doc, path, known)
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------
@@ -299,9 +307,9 @@ def find_recipe(source: RecipeLike) -> RecipeSpec:
     if isinstance(source, Mapping):
         return _build_recipe(source, document.from_data(source, "recipe"))
     if not isinstance(source, str | Path):
-        raise SpecError(f"a recipe is a name, a path or a mapping, not {type(source).__name__}")
-    if isinstance(source, Path) or _is_path(source):
-        return _load_recipe(Path(source).expanduser())
+        raise SpecError(f"a recipe is a name, a path or a mapping, not {seen(source)}", "for example nvfp4_dynamic")
+    if isinstance(source, Path) or paths.is_path(source):
+        return _load_recipe(_file("recipe", source, document.from_data(source, "recipe"), ()))
     if source in _user_recipes:
         return _user_recipes[source]
     if source in _shipped("recipes"):
@@ -313,9 +321,7 @@ def register_recipe(source: RecipeLike, *, replace: bool = False) -> RecipeSpec:
     """Make a recipe known by name. Raises SpecError if the name is taken by another and `replace` is not set."""
     spec = find_recipe(source)
     if not replace and spec.name in list_recipes() and find_recipe(spec.name) != spec:
-        raise SpecError(
-            f"recipe {spec.name!r} exists with another definition", "choose another name, or pass replace=True"
-        )
+        raise _taken("recipe", spec.name)
     _user_recipes[spec.name] = spec
     return spec
 
@@ -330,21 +336,23 @@ def _load_recipe(path: Path) -> RecipeSpec:
 
 def _build_recipe(data: Any, doc: Document) -> RecipeSpec:
     if not isinstance(data, Mapping):
-        raise doc.error((), "a recipe is a mapping")
-    raw = data.get("quantizers")
+        raise doc.error((), f"a recipe is a mapping, not {seen(data)}", "write name: first, one key a line")
+    check_keys(data, doc, (), "a recipe", RecipeSpec.model_fields, required_keys(RecipeSpec))
+    raw = data["quantizers"]
     if not isinstance(raw, Mapping):
-        raise doc.error(("quantizers",), "a recipe needs 'quantizers': a mapping of name to quantizer")
+        hint = "give each a name, as in quantizers: {w: {format: mxfp4}}"
+        raise doc.error(("quantizers",), f"quantizers must be a mapping, not {seen(raw)}", hint)
     made = {name: _quantizer(body, doc, ("quantizers", name)) for name, body in raw.items()}
-    fields = tuple(RecipeSpec.model_fields)
-    return document.validated(lambda: RecipeSpec.model_validate({**data, "quantizers": made}), doc, (), fields)
+    with checking(RecipeSpec, doc):
+        return RecipeSpec.model_validate({**data, "quantizers": made})
 
 
 def _check_files(names: list[str]) -> None:
     """Load the named YAML files, or everything that ships; the pre-commit hook calls this."""
-    paths = [Path(n) for n in names] or [*_shipped("formats").values(), *_shipped("recipes").values()]
+    files = [Path(n) for n in names] or [*_shipped("formats").values(), *_shipped("recipes").values()]
     _elements(), _scale_rules()
-    for path in paths:
-        if path.stem not in _NOT_FORMATS:
+    for path in files:
+        if path.stem not in paths.NOT_FORMATS:
             (_load_recipe if path.parent.name == "recipes" else _load_format)(path)
 
 

@@ -10,7 +10,7 @@ from microscale.cli import output
 from microscale.cli.app import COMMANDS
 from microscale.spec.schema import KINDS
 
-NAMES = ["formats", "recipes", "compare", "quantize", "inspect", "plan", "explain", "doctor", "schema"]
+NAMES = ["formats", "recipes", "compare", "quantize", "inspect", "plan", "explain", "doctor", "bench", "schema"]
 
 
 def files_of(folder):
@@ -49,7 +49,7 @@ class TestErrors:
         ("arguments", "message", "hint"),
         [
             (["formats", "nvfp5"], "unknown format 'nvfp5'", "did you mean 'nvfp4'"),
-            (["formats", "nowhere/x.yaml"], "cannot read nowhere", None),
+            (["formats", "nowhere/x.yaml"], "cannot read nowhere", "known formats"),
             (["formats", "{format: mxfp4, blok: 16}"], "unknown key 'blok'", "did you mean 'block'"),
             (["formats", "{format: [}"], "NAME:1:", "quotes and brackets"),
             (["formats", "--from", "nowhere"], "--from nowhere: no such file", "YAML"),

@@ -3,7 +3,9 @@
 import pytest
 
 from microscale.errors import SpecError
-from microscale.spec import document
+from microscale.spec import document, registry
+
+from .conftest import parts
 
 
 def read(text):
@@ -80,3 +82,59 @@ def test_a_file_that_is_missing_or_no_text(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SpecError, match=r"cannot read .*binary\.yaml"):
         document.read(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "position", "message", "hint"),
+    [
+        ("a: &a {b: 1}\nc: {<<: *a}\n", "2:5", "merge keys (<<) are not supported", "write the merged keys out"),
+        ("? [a, b]\n: 1\n", "1:3", "a list cannot be a key", "quotes"),
+        ("a: {{b}}\n", "1:5", "a mapping cannot be a key", "quotes"),
+        ("a: 1\na: 2\n", "2:1", "key 'a' is given twice", "delete one"),
+        ("1: 1\n'1': 2\n", "2:1", "key '1' is given twice", "delete one"),
+        ("a: \x01\n", "1:4", "not valid YAML: character U+0001 is not allowed", "UTF-8"),
+        ("a: " + "9" * 5000, "1:4", "no such number", "quotes"),
+        ("a: !!python/name:os.system\n", "1:4", "could not determine a constructor for the tag", "tags"),
+        ("", "1:1", "the file is empty", "mapping"),
+        ("a: &a [*a]\n", "1:1", "an alias refers to what it stands in", "write the value out"),
+    ],
+)
+def test_what_is_no_plain_data(text, position, message, hint):
+    found = parts(lambda: document.parse(text, "f.yaml"))
+    assert found[0] == position
+    assert found[1].startswith(message)
+    assert hint in found[2]
+
+
+def test_keys_are_strings():
+    assert document.parse("1: a\ntrue: b\n'': c\n'<<': d\n", "f.yaml").data == {
+        "1": "a",
+        "true": "b",
+        "": "c",
+        "<<": "d",
+    }
+
+
+def test_not_a_number():
+    value = document.parse("a: [.nan, .NaN, .inf, -.inf, nan]\n", "f.yaml").data["a"]
+    assert str(value) == "[nan, nan, inf, -inf, 'nan']"
+
+
+def test_aliases_of_aliases_end():
+    lines = [f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]" for a, b in zip("abcdefg", "bcdefgh", strict=True)]
+    text = "\n".join([f"a: &a [{','.join('1' * 10)}]", *lines])
+    with pytest.raises(SpecError, match="more than 100000 values"):
+        document.parse(text, "f.yaml")
+
+
+def test_brackets_without_end():
+    with pytest.raises(SpecError, match="nested too deeply"):
+        document.parse("[" * 5000, "f.yaml")
+
+
+@pytest.mark.parametrize("name", ["elements.yaml", "scale_rules.yaml"])
+def test_shipped_tables_are_checked_too(monkeypatch, write, name):
+    folder = write(name, "e9m9: 5\n").parent
+    monkeypatch.setattr(registry, "data_folder", lambda kind: folder)
+    with pytest.raises(SpecError, match=rf"{name}:1:1 e9m9 must be a mapping, not 5"):
+        (registry._elements if name == "elements.yaml" else registry._scale_rules).__wrapped__()

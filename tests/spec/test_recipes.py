@@ -169,7 +169,7 @@ class TestErrors:
             ("{match: '*'}", "either keeps high_precision or"),
             ("{match: '*', types: [conv], fprop: {weight: w}}", "'conv' is not one of"),
             ("{fprop: {weight: w}}", "missing key 'match'"),
-            ("5", "rules.0"),
+            ("5", "rules[0] must be a mapping, not 5"),
         ],
     )
     def test_in_a_rule(self, write_recipe, rule, what):
