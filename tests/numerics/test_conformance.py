@@ -9,10 +9,10 @@ import functools
 import numpy as np
 import pytest
 import torch
-from tests.oracles import specmodel
-from tests.oracles.families import FAMILIES
 
 import microscale as ms
+from tests.oracles import specmodel
+from tests.oracles.families import FAMILIES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MX = [name for name, spec in specmodel.FORMATS.items() if spec.scale == "e8m0"]

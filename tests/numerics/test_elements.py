@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from tests.oracles import specmodel
 
 import microscale as ms
+from tests.oracles import specmodel
 
 ML_DTYPES = {
     "e4m3": ml_dtypes.float8_e4m3fn,

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tests.oracles import specmodel
 
 import microscale as ms
+from tests.oracles import specmodel
 
 FORMATS = ["mxfp8", "mxfp8_e5m2", "mxfp6", "mxfp6_e3m2", "mxfp4"]
 RULES = ["floor", "rceil", "ceil", "even"]

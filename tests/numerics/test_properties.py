@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from tests.oracles import specmodel
-from tests.oracles.families import FAMILIES
 
 import microscale as ms
 from microscale.numerics.hadamard import hadamard
 from microscale.numerics.layout import swizzle, unswizzle
 from microscale.numerics.packing import pack, unpack
 from microscale.numerics.rounding import philox, rounds_up
+from tests.oracles import specmodel
+from tests.oracles.families import FAMILIES
 
 SIGNED = ["e4m3", "e5m2", "e2m3", "e3m2", "e2m1", "mxint8", "mxint4", "int8", "int4", "nf4"]
 MX = [name for name, spec in specmodel.FORMATS.items() if spec.scale == "e8m0"]
