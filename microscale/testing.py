@@ -20,10 +20,11 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "
         raise AssertionError(
             f"{what}: {actual.dtype} {list(actual.shape)} against {expected.dtype} {list(expected.shape)}"
         )
+    actual, expected = actual.detach(), expected.detach().to(actual.device)
     left, right = _bits(actual), _bits(expected)
     differ = left != right
     if actual.dtype.is_floating_point:
-        differ &= ~(torch.isnan(actual.cpu()) & torch.isnan(expected.cpu()))
+        differ &= ~(torch.isnan(actual) & torch.isnan(expected))
     if not bool(differ.any()):
         return
     first = tuple(differ.nonzero()[0].tolist())
@@ -35,9 +36,9 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "
 
 
 def _bits(t: torch.Tensor) -> torch.Tensor:
-    """The bit patterns as an integer tensor on the CPU."""
+    """The bit patterns as an integer tensor."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    return t.detach().cpu().contiguous().view(integer)
+    return t.contiguous().view(integer)
 
 
 def assert_same_quantized(actual: BlockScaledTensor, expected: BlockScaledTensor, what: str = "") -> None:
@@ -52,7 +53,7 @@ def assert_same_quantized(actual: BlockScaledTensor, expected: BlockScaledTensor
     if actual.outer_scale is not None and expected.outer_scale is not None:
         assert_same_bits(actual.outer_scale, expected.outer_scale, f"{what} outer_scale")
     assert_same_bits(actual.strided_scale(), expected.strided_scale(), f"{what} scale")
-    left, right = actual.codes().cpu(), expected.codes().cpu()
+    left, right = actual.codes(), expected.codes().to(actual.device)
     differ = left != right
     if bool(differ.any()):
         first = tuple(differ.nonzero()[0].tolist())
