@@ -26,9 +26,10 @@ def bench(
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write the JSON there too.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Time quantize and dequantize, bit-checked first, against the copy bandwidth of the same run.
+    """Time the kernels of this machine, each checked first.
 
-    The L2 cache is cold and each call is one CUDA-graph replay.
+    Quantize and dequantize, compared with the reference bit for bit, then timed against the copy bandwidth of the same
+    run; the L2 cache is cold and each call is one CUDA-graph replay.
     """
     from microscale.bench import bench_quantize
 

@@ -179,8 +179,8 @@ def _split(q: BlockScaledTensor, size: int, dim: int = 0) -> list[BlockScaledTen
 @implements(aten.split_with_sizes.default)
 def _split_with_sizes(q: BlockScaledTensor, sizes: Sequence[int], dim: int = 0) -> list[BlockScaledTensor]:
     length = q.shape[structure.dimension(q, dim)]
-    if sum(sizes) != length:
-        raise InputError(f"split sizes {list(sizes)} do not add up to {length}")
+    if sum(sizes) != length or min(sizes, default=0) < 0:
+        raise InputError(f"split sizes {list(sizes)} do not add up to {length}", "give sizes >= 0 that do")
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [structure.slice_(q, dim, start, start + size) for start, size in zip(starts, sizes, strict=True)]
 

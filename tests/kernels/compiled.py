@@ -76,7 +76,7 @@ def main(capability: int) -> None:
         spec = ms.find_quantizer(name)
         jobs = [("dequantize", 0, lambda f=spec.format: dequantize(f, capability))]
         if not spec.format.scale_rule.candidates:
-            best = encoder_for(spec, (capability // 10, capability % 10), packable=True)
+            best = encoder_for(spec, (capability // 10, capability % 10), dense=True, packable=True)
             for encoder in sorted({0, best}):
                 jobs.append(("quantize", encoder, lambda f=spec.format, e=encoder: quantize(f, e, False, capability)))
             if spec.format.element.kind != "codebook" and capability == 90:

@@ -169,18 +169,20 @@ def choose_encoder(rows: torch.Tensor, spec: QuantizerSpec, flat: bool) -> int:
     if properties.interpreted():
         return PORTABLE
     packable = flat and rows.dtype == torch.bfloat16 and rows.data_ptr() % 4 == 0
-    return encoder_for(spec, torch.cuda.get_device_capability(rows.device), packable)
+    return encoder_for(spec, torch.cuda.get_device_capability(rows.device), dense=flat, packable=packable)
 
 
-def encoder_for(spec: QuantizerSpec, capability: tuple[int, int], packable: bool) -> int:
-    """Return the encoder for a quantizer on an architecture; `packable`: the input is dense bf16 in whole blocks.
+def encoder_for(spec: QuantizerSpec, capability: tuple[int, int], *, dense: bool, packable: bool) -> int:
+    """Return the encoder for a quantizer on an architecture. `dense`: the input is whole blocks; `packable`: of bf16.
 
-    sm_89 has fp8 conversions too, but Triton 3.6 rounds to f16 on the way there, so they start at sm_90.
+    sm_89 has fp8 conversions too, but Triton 3.6 rounds to f16 on the way there, so they start at sm_90. And they serve
+    dense rows only: seen on an H200, the code that Triton 3.6 and its ptxas make for ragged rows gives wrong bytes, with
+    Triton's cast and with the same instruction written by hand.
     """
     fmt, element = spec.format, spec.format.element
     if capability < (9, 0) or spec.rounding != "nearest_even" or element.kind != "float":
         return PORTABLE
-    if properties.is_fp8(element) and element.max is None:
+    if properties.is_fp8(element) and element.max is None and dense and fmt.block % 16 == 0:
         return BY_FP8
     if not packable or not properties.is_e2m1(element) or fmt.block % 8:
         return PORTABLE
