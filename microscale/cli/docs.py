@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,6 +103,24 @@ def ops_list() -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def bench_table() -> str:
+    """Return the committed quantize results of the H200: time and share of the copy bandwidth, by shape."""
+    path = data_folder("formats").parent / "benchmarks" / "results" / "nvidia-h200" / "quantize.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    shapes = list(dict.fromkeys(tuple(r["shape"]) for r in report["rows"]))
+    cells: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
+    for r in report["rows"]:
+        text = "not measured" if r["us"] is None else f"{r['us']:.1f} us, {r['ratio']:.2f}"
+        cells.setdefault((r["op"], r["format"], r["mode"], f"`{r['kernel']}`"), {})[tuple(r["shape"])] = text
+    rows = [(*key, *(found.get(s, "") for s in shapes)) for key, found in cells.items()]
+    place, ceilings = report["environment"], report["ceilings"]
+    head = f"{place['device']}, torch {place['torch']}, Triton {place['triton']}; " + ", ".join(
+        f"{name.replace('_', ' ')} {value:.0f} GB/s" for name, value in ceilings.items()
+    )
+    columns = ("op", "format", "mode", "kernel", *("x".join(map(str, s)) for s in shapes))
+    return f"{head}\n\n{_table(columns, rows)}"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "formats": formats_table,
     "elements": elements_table,
@@ -111,6 +130,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "public": public_table,
     "commands": commands_table,
     "ops": ops_list,
+    "bench_quantize": bench_table,
 }
 
 

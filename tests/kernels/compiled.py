@@ -43,7 +43,7 @@ def geometry(fmt):
 
 
 def quantize(fmt, encoder, stochastic, capability):
-    outer = 0 if fmt.outer_scale is None else 1 if fmt.outer_scale.per == "tensor" else 2
+    outer = 0 if fmt.outer_scale is None else 3 if fmt.outer_scale.per == "tensor" else 2
     constants = {
         **properties.quantize_constants(fmt), **geometry(fmt), "OUTER": outer, "STOCHASTIC": stochastic,
         "SWIZZLE": False, "FLAT": True, "WIDE": False, "ENCODER": encoder,

@@ -219,7 +219,7 @@ def quantize_rows(
     total, rows, columns, blocks, row_stride, column_stride,
     BLOCK: tl.constexpr, BLOCK_BYTES: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_P2: tl.constexpr,
     OUTER: tl.constexpr, STOCHASTIC: tl.constexpr, SWIZZLE: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    ENCODER: tl.constexpr,
+    ENCODER: tl.constexpr, OUTER_TOP: tl.constexpr,
     EXPONENT_ONLY: tl.constexpr, RULE: tl.constexpr, E_INVERSE: tl.constexpr, E_EMAX: tl.constexpr,
     E_PRECISION: tl.constexpr,
     E_KIND: tl.constexpr, E_WIDTH: tl.constexpr, E_MANTISSA: tl.constexpr, E_LOWEST: tl.constexpr,
@@ -267,6 +267,14 @@ def quantize_rows(
         outer_decode = tl.load(decode + row, mask=live, other=1.0)
     elif OUTER == 1:
         outer_encode, outer_decode = tl.load(encode), tl.load(decode)
+    elif OUTER == 3:
+        # From the amax in `encode`, as microscale.numerics.scaling.outer_from_amax; `decode` is written.
+        tensor_amax = tl.load(encode)
+        outer_encode = tl.minimum(tl.div_rn(OUTER_TOP, tensor_amax), 3.4028234663852886e38)
+        outer_encode = tl.where(tensor_amax == 0, 1.0, outer_encode)
+        outer_decode = tl.div_rn(1.0, outer_encode)
+        if tl.program_id(0) == 0:
+            tl.store(decode, outer_decode)
     else:
         outer_encode, outer_decode = 1.0, 1.0
     scale, factor = _scale_and_factor(

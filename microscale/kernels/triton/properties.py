@@ -75,6 +75,7 @@ def format_constants(fmt: FormatSpec) -> dict[str, Any]:
         "S_IS_E4M3": is_fp8(scale) and scale.mantissa == 3,
         "RULE": RULES[fmt.scale_rule.base or "nearest"],
         "E_INVERSE": fp32(1.0 / element.max_value),
+        "OUTER_TOP": fp32(element.max_value * fmt.scale_max) if fmt.outer_scale is not None else 0.0,
         "E_EMAX": element.max_exponent,
         "E_PRECISION": element.precision or 0,
     }
@@ -87,7 +88,7 @@ def quantize_constants(fmt: FormatSpec) -> dict[str, Any]:
 
 def dequantize_constants(fmt: FormatSpec) -> dict[str, Any]:
     """Return the constexpr arguments of the dequantize kernel."""
-    unused = {"RULE", "E_EMAX", "E_PRECISION", "E_INVERSE", "S_KIND", "S_IS_E4M3"}
+    unused = {"RULE", "OUTER_TOP", "E_EMAX", "E_PRECISION", "E_INVERSE", "S_KIND", "S_IS_E4M3"}
     unused |= {p + n for p in ("E_", "S_") for n in ("MAX", "MAX_CODE", "NAN_CODE")}
     return {k: v for k, v in format_constants(fmt).items() if k not in unused}
 

@@ -6,6 +6,7 @@ first kernel reads the input for its amax.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,6 +20,7 @@ from microscale.spec.quantizer import QuantizerSpec
 # Lanes of one program: enough independent 16-byte loads in flight, few enough registers to hold the tile.
 LANES = 2048
 WARPS = 2
+PACKING_WARPS = 4  # where neighbouring codes are put together across threads
 
 
 def _spec(problem: Problem) -> QuantizerSpec:
@@ -81,6 +83,8 @@ def quantize(
     if total:
         rows = _as_rows(x)
         _launch(rows, qdata, scale, outer, seed, spec, (total, matrix_rows, columns, blocks), scale_layout)
+    elif outer is not None and outer.kind == FROM_AMAX:
+        outer.decode.fill_(1.0)
     return qdata, scale, None if outer is None else outer.decode
 
 
@@ -102,17 +106,32 @@ def _empty_scale(x: torch.Tensor, spec: QuantizerSpec, blocks: int, scale_layout
     return make((*shape[:-1], full_rows * full_columns), dtype=dtype, device=x.device)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Outer:
+    """The outer scale as the kernel takes it. FROM_AMAX: `encode` is the amax, and the kernel writes `decode`."""
+
+    kind: int
+    encode: torch.Tensor
+    decode: torch.Tensor
+
+
+NONE, SCALAR, BY_ROW, FROM_AMAX = range(4)
+
+
 def _outer(
     x: torch.Tensor, spec: QuantizerSpec, amax: torch.Tensor | None, outer_scale: torch.Tensor | None
-) -> scaling.OuterScale | None:
+) -> _Outer | None:
     fmt = spec.format
     if fmt.outer_scale is None:
         return None
+    if outer_scale is None and fmt.outer_scale.per == "tensor" and (amax is None or amax.dim() == 0):
+        amax = tensor_amax(x) if amax is None else amax
+        return _Outer(FROM_AMAX, amax, torch.empty((), dtype=torch.float32, device=x.device))
     if outer_scale is not None:
-        return scaling.outer_from_scale(outer_scale, fmt)
-    if amax is None:
-        amax = tensor_amax(x) if fmt.outer_scale.per == "tensor" else scaling.finite_amax(x, fmt.outer_scale.per)
-    return scaling.outer_from_amax(amax, fmt)
+        made = scaling.outer_from_scale(outer_scale, fmt)
+    else:
+        made = scaling.outer_from_amax(scaling.finite_amax(x, fmt.outer_scale.per) if amax is None else amax, fmt)
+    return _Outer(SCALAR if made.encode.numel() == 1 else BY_ROW, made.encode, made.decode)
 
 
 def tensor_amax(x: torch.Tensor) -> torch.Tensor:
@@ -130,7 +149,7 @@ def _launch(
     rows: torch.Tensor,
     qdata: torch.Tensor,
     scale: torch.Tensor,
-    outer: scaling.OuterScale | None,
+    outer: _Outer | None,
     seed: torch.Tensor | None,
     spec: QuantizerSpec,
     sizes: tuple[int, int, int, int],
@@ -140,23 +159,24 @@ def _launch(
     total, _, columns, _ = sizes
     lanes = properties.power_of_two_at_least(fmt.block)
     per_program = max(1, LANES // lanes)
-    encode, decode, kind = scale, scale, 0
+    encode, decode, kind = scale, scale, NONE
     if outer is not None:
-        encode, decode, kind = outer.encode, outer.decode, 1
-        if encode.numel() > 1:
-            encode, decode = (_per_row(t, rows.shape[0]) for t in (encode, decode))
-            kind = 2
+        encode, decode, kind = outer.encode, outer.decode, outer.kind
+    if kind == BY_ROW:
+        encode, decode = (_per_row(t, rows.shape[0]) for t in (encode, decode))
     thresholds, code_of = properties.tables(fmt.element, rows.device)
     flat = columns % fmt.block == 0 and lanes == fmt.block and rows.is_contiguous()
     encoder = choose_encoder(rows, spec, flat)
     if encoder >= PACKED_EXPONENTS:
         rows = rows.view(torch.int32)
+    warps = PACKING_WARPS if encoder == PORTABLE and fmt.element.pack_group > 1 else WARPS
     _jit().quantize_rows[(-(-total // per_program),)](
         rows, qdata, scale, encode, decode, scale if seed is None else seed, thresholds, code_of,
         *sizes, rows.stride(0), rows.stride(1),
         **properties.quantize_constants(fmt), BLOCKS=per_program, BLOCK_P2=lanes, OUTER=kind,
         STOCHASTIC=spec.rounding == "stochastic", SWIZZLE=scale_layout == layout.SWIZZLED, FLAT=flat,
-        WIDE=total * lanes >= 2**31, ENCODER=encoder, num_warps=WARPS, enable_fp_fusion=False,
+        WIDE=total * lanes >= 2**31, ENCODER=encoder,
+        num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -176,8 +196,8 @@ def encoder_for(spec: QuantizerSpec, capability: tuple[int, int], *, dense: bool
     """Return the encoder for a quantizer on an architecture. `dense`: the input is whole blocks; `packable`: of bf16.
 
     sm_89 has fp8 conversions too, but Triton 3.6 rounds to f16 on the way there, so they start at sm_90. And they serve
-    dense rows only: seen on an H200, the code that Triton 3.6 and its ptxas make for ragged rows gives wrong bytes, with
-    Triton's cast and with the same instruction written by hand.
+    dense rows only: seen on an H200, what Triton 3.6 and its ptxas make for ragged rows gives wrong bytes, with the cast
+    of Triton and with the same instruction written by hand.
     """
     fmt, element = spec.format, spec.format.element
     if capability < (9, 0) or spec.rounding != "nearest_even" or element.kind != "float":
