@@ -196,8 +196,8 @@ def encoder_for(spec: QuantizerSpec, capability: tuple[int, int], *, dense: bool
     """Return the encoder for a quantizer on an architecture. `dense`: the input is whole blocks; `packable`: of bf16.
 
     sm_89 has fp8 conversions too, but Triton 3.6 rounds to f16 on the way there, so they start at sm_90. And they serve
-    dense rows only: seen on an H200, what Triton 3.6 and its ptxas make for ragged rows gives wrong bytes, with the cast
-    of Triton and with the same instruction written by hand.
+    dense rows only: seen on an H200, what Triton 3.6 and its ptxas make for ragged rows has wrong bytes, with Triton's
+    own cast as with the same instruction written by hand.
     """
     fmt, element = spec.format, spec.format.element
     if capability < (9, 0) or spec.rounding != "nearest_even" or element.kind != "float":
