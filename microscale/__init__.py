@@ -15,6 +15,7 @@ list formats without importing torch.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -74,6 +75,10 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted(__all__)
 
+
+if "torch" in sys.modules:
+    # So that torch.load(weights_only=True) knows saved BlockScaledTensors before anything here has been used.
+    importlib.import_module("microscale.tensor")
 
 if TYPE_CHECKING:
     from microscale.dispatch import strict as strict

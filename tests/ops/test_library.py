@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -85,6 +87,15 @@ def test_pickle_save_and_deepcopy(fmt):
         assert_same_quantized(other, q)
         assert other.meta == q.meta and other.dtype == q.dtype
     assert isinstance(loaded["p"], torch.nn.Parameter) and isinstance(copy.deepcopy(parameter), torch.nn.Parameter)
+
+
+def test_a_fresh_process_loads_saved_weights(tmp_path):
+    """`import torch, microscale` is all that torch.load(weights_only=True) needs."""
+    path = tmp_path / "q.pt"
+    torch.save(ms.quantize(torch.randn(3, 40), "nvfp4"), path)
+    code = f"import torch, microscale; print(torch.load({str(path)!r}, weights_only=True).format.name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "nvfp4", done.stderr
 
 
 def test_flatten_round_trip_and_repr():
