@@ -24,7 +24,11 @@ from microscale.spec.quantizer import QuantizerSpec
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """One tensor of a problem: plain (format None) or block-scaled. `axis` is the blocked dimension, negative."""
+    """One tensor of a problem: plain (format None) or block-scaled. `axis` is the blocked dimension, negative.
+
+    `order` says how a plain tensor lies: "rows" (dense, starting on 16 bytes), "columns" (the same of its transpose),
+    or "strided".
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -32,6 +36,7 @@ class Operand:
     axis: int = -1
     layout: str = "strided"
     outer: str | None = None
+    order: str = "rows"
 
     def __str__(self) -> str:
         """Render as `nvfp4[11008, 4112]` or `bf16[64, 4112]`."""
@@ -65,7 +70,9 @@ class Problem:
 
     def key(self) -> tuple[Any, ...]:
         """What selection may depend on; shapes count by class, so batch sizes do not fill the cache."""
-        operands = tuple((o.shape_class(), o.dtype, o.format, o.axis, o.layout, o.outer) for o in self.operands)
+        operands = tuple(
+            (o.shape_class(), o.dtype, o.format, o.axis, o.layout, o.outer, o.order) for o in self.operands
+        )
         return (self.op, operands, self.device, self.capability, self.quantizer, self.out_dtype, self.layout)
 
 

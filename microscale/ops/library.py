@@ -51,9 +51,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def quantize_problem(x: torch.Tensor, spec: QuantizerSpec, given: bool, scale_layout: str) -> dispatch.Problem:
     """Describe a quantize call. `given`: the outer scale or its amax comes with the call."""
-    operand = dispatch.Operand(tuple(x.shape), dtype_name(x.dtype), outer="given" if given else None)
-    device = x.device
+    outer, device = "given" if given else None, x.device
+    operand = dispatch.Operand(tuple(x.shape), dtype_name(x.dtype), outer=outer, order=_order(x))
     return dispatch.Problem("quantize", (operand,), device.type, capability(device), spec, None, scale_layout)
+
+
+def _order(x: torch.Tensor) -> str:
+    """How x lies in memory, as `dispatch.Operand.order`."""
+    if x.storage_offset() * x.element_size() % 16:
+        return "strided"
+    if x.is_contiguous():
+        return "rows"
+    return "columns" if x.dim() > 1 and x.transpose(-1, -2).is_contiguous() else "strided"
 
 
 @torch.library.impl(LIBRARY, "quantize", "CompositeExplicitAutograd")

@@ -12,6 +12,7 @@ import torch
 
 from microscale.dispatch import Requires, kernel
 from microscale.kernels.triton import properties
+from microscale.kernels.triton.launch import launch
 from microscale.kernels.triton.quantize import LANES, WARPS
 from microscale.numerics import codec, layout
 from microscale.spec.format import FormatSpec
@@ -47,14 +48,16 @@ def dequantize(
     lanes = properties.power_of_two_at_least(fmt.block)
     per_program = max(1, LANES // lanes)
     kind = 0 if outer_scale is None else 2 if row_stride or block_stride else 1
-    _jit().dequantize_rows[(-(-total // per_program),)](
+    constants = {
+        **properties.dequantize_constants(fmt), "BLOCKS": per_program, "BLOCK_P2": lanes, "OUTER": kind,
+        "SWIZZLE": scale_layout == layout.SWIZZLED, "FLAT": columns % fmt.block == 0 and lanes == fmt.block,
+        "WIDE": out.numel() + per_program * lanes >= 2**31, "INTERPRETED": properties.interpreted(),
+    }  # fmt: skip
+    args = (
         dense, scale, outer, codec.decode_table(fmt.element, qdata.device), out,
         total, shape[-1] if shape else 1, columns, blocks, row_stride, block_stride,
-        **properties.dequantize_constants(fmt), BLOCKS=per_program, BLOCK_P2=lanes, OUTER=kind,
-        SWIZZLE=scale_layout == layout.SWIZZLED, FLAT=columns % fmt.block == 0 and lanes == fmt.block,
-        WIDE=out.numel() + per_program * lanes >= 2**31, INTERPRETED=properties.interpreted(),
-        num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
+    launch(_jit().dequantize_rows, -(-total // per_program), args, constants, WARPS)
     return out
 
 

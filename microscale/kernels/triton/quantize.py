@@ -14,6 +14,7 @@ import torch
 
 from microscale.dispatch import Problem, Requires, kernel
 from microscale.kernels.triton import properties
+from microscale.kernels.triton.launch import launch
 from microscale.numerics import layout, scaling
 from microscale.spec.quantizer import QuantizerSpec
 
@@ -140,8 +141,9 @@ def tensor_amax(x: torch.Tensor) -> torch.Tensor:
     if x.numel():
         dense = x if x.is_contiguous() else x.contiguous()
         size, iterations = 4096, 8
-        grid = (-(-x.numel() // (size * iterations)),)
-        _jit().finite_amax[grid](dense, bits, x.numel(), SIZE=size, ITERATIONS=iterations, num_warps=8)
+        grid = -(-x.numel() // (size * iterations))
+        constants = {"SIZE": size, "ITERATIONS": iterations}
+        launch(_jit().finite_amax, grid, (dense, bits, x.numel()), constants, 8)
     return bits.view(torch.float32)
 
 
@@ -170,14 +172,16 @@ def _launch(
     if encoder >= PACKED_EXPONENTS:
         rows = rows.view(torch.int32)
     warps = PACKING_WARPS if encoder == PORTABLE and fmt.element.pack_group > 1 else WARPS
-    _jit().quantize_rows[(-(-total // per_program),)](
+    constants = {
+        **properties.quantize_constants(fmt), "BLOCKS": per_program, "BLOCK_P2": lanes, "OUTER": kind,
+        "STOCHASTIC": spec.rounding == "stochastic", "SWIZZLE": scale_layout == layout.SWIZZLED, "FLAT": flat,
+        "WIDE": total * lanes >= 2**31, "ENCODER": encoder,
+    }  # fmt: skip
+    args = (
         rows, qdata, scale, encode, decode, scale if seed is None else seed, thresholds, code_of,
         *sizes, rows.stride(0), rows.stride(1),
-        **properties.quantize_constants(fmt), BLOCKS=per_program, BLOCK_P2=lanes, OUTER=kind,
-        STOCHASTIC=spec.rounding == "stochastic", SWIZZLE=scale_layout == layout.SWIZZLED, FLAT=flat,
-        WIDE=total * lanes >= 2**31, ENCODER=encoder,
-        num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
+    launch(_jit().quantize_rows, -(-total // per_program), args, constants, warps)
 
 
 PORTABLE, BY_FP8, PACKED_EXPONENTS, PACKED_FACTORS = range(4)
