@@ -47,6 +47,10 @@ _PUBLIC = {
     "matmul": "microscale.ops.compute",
     "grouped_matmul": "microscale.ops.compute",
     "linear": "microscale.ops.compute",
+    "quantize_both": "microscale.ops.both",
+    "group_amax": "microscale.ops.groups",
+    "silu_mul_quantize": "microscale.ops.producers",
+    "rms_norm_quantize": "microscale.ops.producers",
     "hadamard": "microscale.numerics.hadamard",
     "strict": "microscale.dispatch",
     "use_backend": "microscale.dispatch",
@@ -96,9 +100,13 @@ if TYPE_CHECKING:
     from microscale.ops.api import encode as encode
     from microscale.ops.api import explain as explain
     from microscale.ops.api import quantize as quantize
+    from microscale.ops.both import quantize_both as quantize_both
     from microscale.ops.compute import grouped_matmul as grouped_matmul
     from microscale.ops.compute import linear as linear
     from microscale.ops.compute import matmul as matmul
+    from microscale.ops.groups import group_amax as group_amax
+    from microscale.ops.producers import rms_norm_quantize as rms_norm_quantize
+    from microscale.ops.producers import silu_mul_quantize as silu_mul_quantize
     from microscale.report.compare import compare as compare
     from microscale.spec.element import ElementSpec as ElementSpec
     from microscale.spec.format import FormatSpec as FormatSpec

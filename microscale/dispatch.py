@@ -60,12 +60,12 @@ class Problem:
     quantizer: QuantizerSpec | None = None
     out_dtype: str | None = None
     layout: str = "strided"
+    second: QuantizerSpec | None = None  # of quantize_both: the one along columns
 
     def __str__(self) -> str:
         """Render as `matmul(bf16[64, 4112], nvfp4[11008, 4112])`."""
         parts = [str(o) for o in self.operands]
-        if self.quantizer is not None:
-            parts.append(self.quantizer.name)
+        parts += [q.name for q in (self.quantizer, self.second) if q is not None]
         return f"{self.op}({', '.join(parts)})"
 
     def key(self) -> tuple[Any, ...]:
@@ -73,7 +73,8 @@ class Problem:
         operands = tuple(
             (o.shape_class(), o.dtype, o.format, o.axis, o.layout, o.outer, o.order) for o in self.operands
         )
-        return (self.op, operands, self.device, self.capability, self.quantizer, self.out_dtype, self.layout)
+        specs = (self.quantizer, self.second)
+        return (self.op, operands, self.device, self.capability, specs, self.out_dtype, self.layout)
 
 
 Check = Callable[[Problem], str | None]
@@ -187,6 +188,8 @@ class Explanation:
 
 _kernels: dict[str, list[Kernel]] = {}
 _cache: dict[tuple[Any, ...], Kernel] = {}
+_by_facts: dict[tuple[Any, ...], tuple[list[Kernel], Kernel]] = {}  # with the kernels it was selected from
+_LIMIT = 4096  # entries of _by_facts, which holds shapes as they are; past it all are forgotten
 _backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("microscale_backend", default=None)
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("microscale_strict", default=False)
 
@@ -273,6 +276,41 @@ def select(problem: Problem) -> Kernel:
     if found is None:
         found = _cache[key] = _select(problem, only, is_strict)
     return found
+
+
+def select_by(op: str, facts: tuple[Any, ...], describe: Callable[..., Problem], *args: Any) -> Kernel:
+    """Return `select(describe(*args))`, remembered under `facts`, which must determine the problem of this op.
+
+    For small calls, where describing the problem costs more than all the rest: facts are whatever is at hand, such as
+    a torch.Size and a torch.dtype.
+    """
+    only, is_strict = _backend.get(), _strict.get()
+    key = (op, only, is_strict, facts)
+    found, rows = _by_facts.get(key), _kernels.get(op)
+    if found is not None and found[0] is rows:  # a registration makes a new list
+        return found[1]
+    entry = select(describe(*args))
+    if rows is not None:
+        if len(_by_facts) >= _LIMIT:
+            _by_facts.clear()
+        _by_facts[key] = (rows, entry)
+    return entry
+
+
+@contextlib.contextmanager
+def stand_in(op: str, run: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, `run` is called in the place of every kernel of an op, in all threads.
+
+    To measure what surrounds a kernel. Raises UnknownNameError for an unknown op.
+    """
+    kernels(op)
+    before, _kernels[op] = _kernels[op], [Kernel(op, "stand_in", run, Requires())]
+    _cache.clear()
+    try:
+        yield
+    finally:
+        _kernels[op] = before
+        _cache.clear()
 
 
 def _select(problem: Problem, only: str | None, is_strict: bool) -> Kernel:

@@ -15,7 +15,6 @@ takes are a closed list (`microscale.ops.aten`); nothing dequantizes on its own.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -25,6 +24,8 @@ import torch
 from microscale.errors import InputError
 from microscale.numerics import codec, layout, packing
 from microscale.spec.format import FormatSpec
+
+_make = torch.Tensor._make_wrapper_subclass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +67,14 @@ class BlockScaledTensor(torch.Tensor):
         dtype: torch.dtype,
     ) -> BlockScaledTensor:
         """Wrap parts; `shape` is logical, `dtype` what `dequantize()` gives. Unchecked: `quantize` is the door."""
-        # A view of a normal tensor is normal, also inside inference mode: torch sets its version counter.
-        normal = torch.is_inference_mode_enabled() and not qdata.is_inference()
-        with torch.inference_mode(False) if normal else contextlib.nullcontext():
-            self = torch.Tensor._make_wrapper_subclass(
-                cls, tuple(shape), strides=_strides(tuple(shape), qdata), dtype=dtype, device=qdata.device
-            )
+        strides = None if qdata.is_contiguous() else _strides(tuple(shape), qdata)
+        if torch.is_inference_mode_enabled() and not qdata.is_inference():
+            with torch.inference_mode(False):  # a view of a normal tensor is normal: torch sets its version counter
+                self = _make(cls, shape, strides=strides, dtype=dtype, device=qdata.device)
+        else:
+            self = _make(cls, shape, strides=strides, dtype=dtype, device=qdata.device)
         self.qdata, self.scale, self.outer_scale, self.meta = qdata, scale, outer_scale, meta
         return self
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take the arguments of `__new__`."""
 
     # -- the format --
 
@@ -231,9 +229,8 @@ def rebuild(
 def _strides(shape: tuple[int, ...], qdata: torch.Tensor) -> tuple[int, ...]:
     """Strides of the logical tensor: dense, in the memory order of qdata's dimensions; expanded dimensions have 0."""
     inner = qdata.stride()
-    order = sorted(range(len(shape)), key=lambda d: (-inner[d], d)) if not qdata.is_contiguous() else range(len(shape))
     strides, step = [0] * len(shape), 1
-    for d in reversed(order):
+    for d in sorted(range(len(shape)), key=lambda d: (-inner[d], d), reverse=True):
         if inner[d] == 0 and shape[d] != 1:
             continue
         strides[d] = step

@@ -7,7 +7,10 @@ before a row is timed; a row that differs has no time.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -15,12 +18,13 @@ from microscale import dispatch
 from microscale.bench.timing import BenchReport, Row, Timer, environment
 from microscale.errors import InputError
 from microscale.numerics import layout
-from microscale.ops import explain, quantize
+from microscale.ops import explain, quantize, quantize_both, rms_norm_quantize, silu_mul_quantize
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.registry import QuantizerLike, find_quantizer, list_formats
 from microscale.tensor import BlockScaledTensor
 from microscale.testing import assert_same_bits, assert_same_quantized
 
+EPS = 1e-5
 SHAPES = {"cuda": ((16384, 8192), (8192, 28672), (4096, 4096)), "cpu": ((512, 1024),)}
 CEILING_BYTES = {"cuda": 256 << 20, "cpu": 8 << 20}
 Shape = tuple[int, ...]
@@ -53,8 +57,9 @@ def bench_quantize(
             ceiling = ceilings[f"copy_{x.numel() * 2 >> 10}KiB"] = timer.copy_gb_per_s(x.numel() * 2)
         for spec in specs:
             if progress is not None:
-                progress(len(rows), len(wanted) * len(specs) * 4, f"{spec.name} {shape[0]}x{shape[1]}")
-            rows.extend(_rows(x, spec, timer, ceiling))
+                progress(len(rows), len(wanted) * len(specs) * 9, f"{spec.name} {shape[0]}x{shape[1]}")
+            cases = _cases(x, spec)
+            rows.extend(_row(case, spec, tuple(x.shape), timer, ceiling) for case in cases)
     return BenchReport(environment(place), ceilings, tuple(rows))
 
 
@@ -72,62 +77,91 @@ def _input(shape: Shape, device: torch.device) -> torch.Tensor:
     return torch.randn(shape, generator=generator, device=device).to(torch.bfloat16)
 
 
-def _rows(x: torch.Tensor, spec: QuantizerSpec, timer: Timer, ceiling: float) -> Iterator[Row]:
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """One row: what is called, which kernel that is, and the bytes that it must move."""
+
+    op: str
+    mode: str
+    chosen: dispatch.Explanation
+    call: Callable[[], Any]
+    size: int
+
+    def check(self) -> None:
+        """Compare with the reference, bit for bit. Raises AssertionError."""
+        with dispatch.use_backend("reference"):
+            wanted = self.call()
+        got = self.call()
+        for one, other in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, wanted)), strict=True):
+            if isinstance(one, BlockScaledTensor):
+                assert_same_quantized(one, other, self.mode)
+            else:
+                assert_same_bits(one, other, self.op)
+
+
+def _cases(x: torch.Tensor, spec: QuantizerSpec) -> Iterator[_Case]:
     outer = spec.format.outer_scale
     given = None if outer is None or outer.per != "tensor" else x.abs().amax().float()
-    bytes_in = x.numel() * x.element_size()
     plain = "given outer scale" if given is not None else "along K"
-    with dispatch.use_backend("reference"):
-        expected = quantize(x, spec, amax=given)
-    bytes_out = expected.stored_bytes
-    modes: list[tuple[str, dict[str, object], int]] = [
-        (plain, {"amax": given}, bytes_in + bytes_out),
-        (f"{plain}, swizzled", {"amax": given, "layout": layout.SWIZZLED}, bytes_in + bytes_out),
-    ]
+    bytes_in, bytes_out = x.numel() * x.element_size(), _stored(x, spec)
+    whole = bytes_in + bytes_out
+    key = torch.zeros(2, dtype=torch.int64, device=x.device)  # there already: a graph copies nothing from the host
+    swizzled: dict[str, Any] = {"layout": layout.SWIZZLED}
+
+    def case(mode: str, size: int = whole, quantizer: QuantizerSpec = spec, **arguments: Any) -> _Case:
+        seed: dict[str, Any] = {"generator": key} if quantizer.rounding == "stochastic" else {}
+        chosen = explain("quantize", x, quantizer, **arguments)
+        return _Case("quantize", mode, chosen, lambda: quantize(x, quantizer, **arguments, **seed), size)
+
+    yield case(plain, amax=given)
+    yield case(f"{plain}, swizzled", amax=given, **swizzled)
     if given is not None:
-        modes.append(("dynamic", {}, 2 * bytes_in + bytes_out))
-    for mode, arguments, size in modes:
-        yield _quantize_row(x, spec, mode, arguments, expected, size, timer, ceiling)
-    yield _dequantize_row(expected, spec, bytes_in + bytes_out, timer, ceiling)
+        yield case("dynamic", size=whole + bytes_in)
+    yield case("along M", amax=given, axis=-2)
+    chosen = explain("quantize_both", x, spec)
+    both = functools.partial(quantize_both, x, spec, amax=given, column_amax=given)
+    yield _Case("quantize", "both axes", chosen, both, whole + bytes_out)
+    if spec.format.element.width == 4 and spec.format.element.kind == "float":  # what training recipes add
+        block = spec.format.block
+        yield case(f"2D {block}x{block}", quantizer=find_quantizer(spec, scale_tile=block), amax=given)
+        yield case("Hadamard 16", quantizer=find_quantizer(spec, hadamard=16), amax=given)
+        yield case("stochastic", quantizer=find_quantizer(spec, rounding="stochastic"), amax=given)
+    yield from _producer_cases(x, spec, given, whole)
+    q = quantize(x, spec, amax=given)
+    yield _Case("dequantize", "along K", explain("dequantize", q), q.dequantize, whole)
+    q = quantize(x, spec, amax=given, **swizzled)
+    yield _Case("dequantize", "along K, swizzled", explain("dequantize", q), q.dequantize, whole)
 
 
-def _quantize_row(
-    x: torch.Tensor, spec: QuantizerSpec, mode: str, arguments: dict[str, object], expected: BlockScaledTensor,
-    size: int, timer: Timer, ceiling: float,
-) -> Row:  # fmt: skip
-    chosen = explain("quantize", x, spec, **arguments)
-
-    def call() -> BlockScaledTensor:
-        return quantize(x, spec, **arguments)  # type: ignore[arg-type]
-
-    def check() -> None:
-        assert_same_quantized(call(), expected, mode)
-
-    return _row("quantize", spec, mode, tuple(x.shape), chosen, check, call, size, timer, ceiling)
+def _producer_cases(x: torch.Tensor, spec: QuantizerSpec, given: torch.Tensor | None, whole: int) -> Iterator[_Case]:
+    up, weight = x.flip(-1), torch.linspace(0.5, 1.5, x.shape[-1], device=x.device).to(x.dtype)
+    mode = "given outer scale" if given is not None else "along K"
+    silu = functools.partial(silu_mul_quantize, x, up, spec, amax=given)
+    chosen = explain("silu_mul_quantize", x, up, spec, amax=given)
+    yield _Case("silu_mul_quantize", mode, chosen, silu, whole + x.numel() * x.element_size())
+    norm = functools.partial(rms_norm_quantize, x, weight, EPS, spec, amax=given)
+    chosen = explain("rms_norm_quantize", x, weight, EPS, spec, amax=given)
+    yield _Case("rms_norm_quantize", mode, chosen, norm, whole)
 
 
-def _dequantize_row(q: BlockScaledTensor, spec: QuantizerSpec, size: int, timer: Timer, ceiling: float) -> Row:
-    def check() -> None:
-        with dispatch.use_backend("reference"):
-            wanted = q.dequantize()
-        assert_same_bits(q.dequantize(), wanted, "dequantize")
-
-    chosen = explain("dequantize", q)
-    return _row("dequantize", spec, "along K", tuple(q.shape), chosen, check, q.dequantize, size, timer, ceiling)
+def _stored(x: torch.Tensor, spec: QuantizerSpec) -> int:
+    """Bytes of x's codes and scales."""
+    fmt = spec.format
+    blocks = x.numel() // fmt.block if x.shape[-1] % fmt.block == 0 else x.shape[0] * -(-x.shape[-1] // fmt.block)
+    return blocks * (fmt.block_bytes + fmt.scale.width // 8)
 
 
-def _row(
-    op: str, spec: QuantizerSpec, mode: str, shape: Shape, chosen: dispatch.Explanation,
-    check: Callable[[], None], call: Callable[[], object], size: int, timer: Timer, ceiling: float,
-) -> Row:  # fmt: skip
-    kernel = chosen.chosen or "none"
-    if chosen.fallback:  # minutes for what no one waits for; and the reference is no kernel to measure
-        note = "; ".join(f"{r.kernel}: {r.reason}" for r in chosen.refused)
-        return Row(op, spec.name, mode, shape, None, None, None, None, kernel, False, note)
+def _row(case: _Case, spec: QuantizerSpec, shape: Shape, timer: Timer, ceiling: float) -> Row:
+    kernel = case.chosen.chosen or "none"
+    untimed = functools.partial(Row, case.op, spec.name, case.mode, shape, None, None, None, None, kernel, False)
+    if case.chosen.fallback:  # minutes for what no one waits for; and the reference is no kernel to measure
+        return untimed("; ".join(f"{r.kernel}: {r.reason}" for r in case.chosen.refused))
     try:
-        check()
+        case.check()
     except AssertionError as error:
-        return Row(op, spec.name, mode, shape, None, None, None, None, kernel, False, f"differs: {error}")
-    timing = timer.time(call)
-    rate = size / timing.us / 1e3
-    return Row(op, spec.name, mode, shape, timing.us, timing.us_spread, rate, rate / ceiling, kernel, True)
+        return untimed(f"differs: {error}")
+    timing = timer.time(case.call)
+    rate = case.size / timing.us / 1e3
+    return Row(
+        case.op, spec.name, case.mode, shape, timing.us, timing.us_spread, rate, rate / ceiling, kernel, True
+    )  # fmt: skip

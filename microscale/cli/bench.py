@@ -1,4 +1,4 @@
-"""`bench`: time the ops of this machine, every format, against the copy bandwidth of the same run."""
+"""`bench`: time the ops of this machine, every format: on the device against a copy, or their host code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from microscale.errors import InputError, unknown_name
 if TYPE_CHECKING:
     from microscale.bench import BenchReport
 
-SUITES = ("quantize",)
+SUITES = ("quantize", "overhead")
 
 
 def bench(
@@ -28,10 +28,11 @@ def bench(
 ) -> None:
     """Time the kernels of this machine, each checked first.
 
-    Quantize and dequantize, compared with the reference bit for bit, then timed against the copy bandwidth of the same
-    run; the L2 cache is cold and each call is one CUDA-graph replay.
+    Quantize and dequantize, compared with the reference bit for bit. Suite `quantize`: on the device, against the copy
+    bandwidth of the same run; the L2 cache is cold and each call is one CUDA-graph replay. Suite `overhead`: host time
+    of a small call, 1x4096 unless --shapes says otherwise, and where it goes.
     """
-    from microscale.bench import bench_quantize
+    from microscale.bench import bench_overhead, bench_quantize
 
     if suite not in SUITES:
         raise unknown_name("suite", suite, SUITES)
@@ -39,15 +40,30 @@ def bench(
     if sizes and any(len(s) != 2 for s in sizes):
         raise InputError(f"--shapes {shapes!r}: each shape has rows and columns", "for example 4096x4096,16384x8192")
     names = [options.format_like(f, "--formats") for f in options.split_list([formats] if formats else None) or []]
+    run, show = {"quantize": (bench_quantize, _print), "overhead": (bench_overhead, _print_overhead)}[suite]
     with output.progress("bench") as step:
-        report = bench_quantize(device, names or None, sizes, samples=samples, progress=step)
+        report = run(device, names or None, sizes, samples=samples, progress=step)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(output.plain(report), indent=1) + "\n")
     if as_json:
         output.emit_json(report)
     else:
-        _print(report)
+        show(report)
+
+
+def _print_overhead(report: BenchReport) -> None:
+    place = report.environment
+    host = place["host"] or "unknown CPU"
+    print(f"{place['device']}, {host}, torch {place['torch']}, triton {place.get('triton', 'none')}\n")
+    rows = []
+    for r in report.rows:
+        numbers = ("-", "-", "-")
+        if r.us is not None:
+            numbers = (f"{r.us:.1f}", f"{r.us_spread:.1f}", "-" if r.ratio is None else f"{r.ratio:.2f}")
+        rows.append((r.op, r.format, "x".join(map(str, r.shape)), r.mode, *numbers, r.kernel, r.note))
+    columns = ("op", "format", "shape", "part", "us", "spread", "share", "kernel", "note")
+    output.emit_table(columns, rows, right=("us", "spread", "share"))
 
 
 def _print(report: BenchReport) -> None:

@@ -121,6 +121,27 @@ def bench_table() -> str:
     return f"{head}\n\n{_table(columns, rows)}"
 
 
+def coverage_table() -> str:
+    """Return where the suite interprets and compiles each Triton kernel, and on which devices results say it ran.
+
+    The suite takes its architectures from the same file, and holds it against the registered kernels.
+    """
+    root = data_folder("formats").parent
+    known = json.loads((root / "tests" / "kernels" / "coverage.json").read_text(encoding="utf-8"))
+    ran: dict[str, set[str]] = {}
+    for path in sorted((root / "benchmarks" / "results").glob("*/quantize.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        place = f"{report['environment']['device']} (sm_{report['environment']['capability'].replace('.', '')})"
+        for row in report["rows"]:
+            if row["checked"]:
+                ran.setdefault(row["kernel"], set()).add(place)
+    rows = []
+    for name, facts in known.items():
+        compiled = ", ".join(f"sm_{n}" for n in facts["compiled"])
+        rows.append((f"`{name}`", f"`{facts['interpreted']}`", compiled, ", ".join(sorted(ran.get(name, ()))) or "no"))
+    return _table(("kernel", "interpreted by", "compiled for", "run and checked on"), rows)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "formats": formats_table,
     "elements": elements_table,
@@ -131,6 +152,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "commands": commands_table,
     "ops": ops_list,
     "bench_quantize": bench_table,
+    "coverage": coverage_table,
 }
 
 

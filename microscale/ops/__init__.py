@@ -1,7 +1,10 @@
 """Public operations: each is a torch.library op with a fake, run by the kernel that the dispatcher selects."""
 
 from microscale.ops.api import decode_table, dequantize, encode, explain, quantize
+from microscale.ops.both import quantize_both
 from microscale.ops.compute import embedding, grouped_matmul, linear, matmul
+from microscale.ops.groups import group_amax
+from microscale.ops.producers import rms_norm_quantize, silu_mul_quantize
 
 __all__ = [
     "decode_table",
@@ -9,8 +12,12 @@ __all__ = [
     "embedding",
     "encode",
     "explain",
+    "group_amax",
     "grouped_matmul",
     "linear",
     "matmul",
     "quantize",
+    "quantize_both",
+    "rms_norm_quantize",
+    "silu_mul_quantize",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack
 
@@ -12,8 +13,9 @@ from microscale.errors import InputError, unknown_name
 from microscale.numerics import codec, layout, rounding
 from microscale.ops import graph, library
 from microscale.spec.element import ElementSpec
+from microscale.spec.format import FormatSpec
 from microscale.spec.quantizer import QuantizerSpec
-from microscale.spec.registry import QuantizerLike, find_element, find_quantizer
+from microscale.spec.registry import QuantizerLike, bound_format, find_element, find_quantizer
 from microscale.tensor import BlockScaledTensor, Meta
 
 Generator = torch.Generator | int | tuple[int, int] | torch.Tensor
@@ -55,7 +57,7 @@ def quantize(
         axis: the blocked dimension.
         layout: of the scales: "strided" or "swizzle_32_4_4".
         amax: FP32, for formats with an outer scale: the magnitude it is computed from, in place of x's own. Shape ()
-            for one per tensor, [..., R, 1] per row, [..., 1, 1] per expert.
+            for one per tensor, [..., R, 1] per row, [..., 1, 1] per expert; of tokens sorted by expert, `group_amax`.
         outer_scale: FP32 decode scale to use as it is, same shapes. Not together with `amax`.
         generator: for stochastic rounding: a torch.Generator, an int seed, or a (seed, offset) pair.
         **changes: rounding, hadamard, element, scale, outer_scale_mode: as in a recipe.
@@ -69,14 +71,20 @@ def quantize(
 
     With a Hadamard transform, `dequantize()` gives the transformed values; `microscale.hadamard` undoes it.
     """
-    plain = isinstance(format, QuantizerSpec) and not changes and (scale_rule, block, scale_tile) == (None, None, None)
-    key = (
-        format.key  # type: ignore[union-attr]
-        if plain
-        else _spec_key(format, scale_rule=scale_rule, block=block, scale_tile=scale_tile, **changes)
-    )
-    graph.arm()
-    return _quantize(x, key, axis, layout, amax, outer_scale, generator)
+    unchanged = not changes and scale_rule is None and block is None and scale_tile is None
+    if torch.compiler.is_dynamo_compiling():
+        key = (
+            format.key
+            if unchanged and isinstance(format, QuantizerSpec)
+            else _spec_key(format, scale_rule=scale_rule, block=block, scale_tile=scale_tile, **changes)
+        )
+        graph.arm()
+        return _quantize(x, key, axis, layout, amax, outer_scale, generator)
+    if unchanged:
+        spec = format if type(format) is QuantizerSpec else cached_quantizer(format, {})
+    else:
+        spec = cached_quantizer(format, {"scale_rule": scale_rule, "block": block, "scale_tile": scale_tile, **changes})
+    return _run_quantize(x, spec, axis, layout, amax, outer_scale, generator)
 
 
 # torch.compile sees three kinds of function here: specs are looked up while tracing (their text is a constant of the
@@ -98,24 +106,84 @@ def _quantize(
     outer_scale: torch.Tensor | float | None,
     generator: Generator | None,
 ) -> BlockScaledTensor:
-    spec = QuantizerSpec.from_key(key)
+    return _run_quantize(x, QuantizerSpec.from_key(key), axis, scale_layout, amax, outer_scale, generator)
+
+
+# Eager calls find their spec in a few look-ups: validating a variant takes longer than quantizing a small tensor.
+_LIMIT = 4096  # entries of either memory; past it all are forgotten
+_found: dict[Any, tuple[object, QuantizerSpec]] = {}  # with the spec that the name stood for
+_metas: dict[tuple[int, int, str], Meta] = {}
+
+
+def cached_quantizer(format: QuantizerLike, changes: Mapping[str, Any]) -> QuantizerSpec:
+    """Return `find_quantizer(format, **changes)`, remembered as long as a name stands for the same format.
+
+    Paths, mappings, and changes that are more than text and whole numbers are looked up each time.
+    """
+    source = bound_format(format) if type(format) is str else format
+    if type(source) not in (FormatSpec, QuantizerSpec) or (changes and not all(map(_is_exact, changes.values()))):
+        return find_quantizer(format, **changes)
+    key = (id(source), *changes.items()) if changes else id(source)
+    found = _found.get(key)
+    if found is not None and found[0] is source:
+        return found[1]
+    spec = QuantizerSpec.from_key(find_quantizer(format, **changes).key)
+    _keep(_found, key, (source, spec))
+    return spec
+
+
+def _is_exact(value: object) -> bool:
+    """Whether equal values are the same: 1, True and 1.0 are not."""
+    if type(value) is tuple:
+        return all(type(v) is int for v in value)
+    return value is None or type(value) in (int, str)
+
+
+def _meta(fmt: FormatSpec, axis: int, scale_layout: str) -> Meta:
+    key = (id(fmt), axis, scale_layout)
+    found = _metas.get(key)
+    if found is None or found.format is not fmt:
+        found = Meta(fmt, axis, scale_layout)
+        _keep(_metas, key, found)
+    return found
+
+
+def _keep(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(memory) >= _LIMIT:
+        memory.clear()
+    memory[key] = value
+
+
+def _run_quantize(
+    x: torch.Tensor,
+    spec: QuantizerSpec,
+    axis: int,
+    scale_layout: str,
+    amax: torch.Tensor | float | None,
+    outer_scale: torch.Tensor | float | None,
+    generator: Generator | None,
+) -> BlockScaledTensor:
     _check_input(x, axis, scale_layout)
     _check_outer(spec, amax, outer_scale)
-    rows = x.detach().movedim(axis, -1)
+    last = axis == -1 or axis == x.dim() - 1
+    rows = x.detach() if last else x.detach().movedim(axis, -1)
     if spec.hadamard is not None and x.shape[axis] % spec.hadamard.size:
         raise InputError(
             f"Hadamard size {spec.hadamard.size} needs a multiple of it along the blocked axis, got {x.shape[axis]}",
             "pad with torch.nn.functional.pad",
         )
     seed = rounding.seed_from(generator, x.device) if spec.rounding == "stochastic" else None
-    given = [_outer_operand(t, rows, axis) for t in (amax, outer_scale)]
-    qdata, scale, outer = torch.ops.microscale.quantize(rows, key, *given, seed, scale_layout)
-    outer = None if spec.format.outer_scale is None else outer
-    if axis not in (-1, x.dim() - 1):
+    amax, outer = _outer_operand(amax, rows, axis), _outer_operand(outer_scale, rows, axis)
+    if library.is_direct(rows, amax, outer, seed):
+        qdata, scale, outer = library.quantize(rows, spec, amax, outer, seed, scale_layout)
+    else:
+        qdata, scale, outer = torch.ops.microscale.quantize(rows, spec.key, amax, outer, seed, scale_layout)
+        outer = None if spec.format.outer_scale is None else outer
+    if not last:
         qdata = qdata.movedim(-1, axis)
         scale = scale.movedim(-1, axis) if scale_layout == layout.STRIDED else scale
         outer = outer.movedim(-1, axis) if outer is not None and outer.dim() else outer
-    meta = Meta(spec.format, axis if axis < 0 else axis - x.dim(), scale_layout)
+    meta = _meta(spec.format, axis if axis < 0 else axis - x.dim(), scale_layout)
     return BlockScaledTensor(qdata, scale, outer, meta, x.shape, x.dtype)
 
 
@@ -126,10 +194,11 @@ def _check_input(x: torch.Tensor, axis: int, scale_layout: str) -> None:
         raise InputError(f"quantize takes a torch.Tensor, got {type(x).__name__}", "use torch.as_tensor(x)")
     if x.dtype not in INPUT_DTYPES:
         raise InputError(f"quantize takes float32, bfloat16 or float16, got {x.dtype}", "convert with x.float()")
-    if x.dim() == 0:
+    rank = x.dim()
+    if rank == 0:
         raise InputError("a tensor of rank 0 has no axis to put blocks along", "use x.reshape(1)")
-    if not -x.dim() <= axis < x.dim():
-        raise InputError(f"axis {axis} of a tensor of rank {x.dim()}")
+    if not -rank <= axis < rank:
+        raise InputError(f"axis {axis} of a tensor of rank {rank}")
     if scale_layout not in layout.LAYOUTS:
         raise unknown_name("scale layout", scale_layout, layout.LAYOUTS)
 
@@ -150,7 +219,7 @@ def _outer_operand(value: torch.Tensor | float | None, rows: torch.Tensor, axis:
     """An amax or outer scale as FP32 on x's device, in the orientation that has the blocked axis last."""
     if value is None:
         return None
-    tensor = torch.as_tensor(value, dtype=torch.float32, device=rows.device)
+    tensor = torch.as_tensor(value, dtype=torch.float32, device=rows.device).detach()
     if tensor.numel() == 1 and tensor.dim() != rows.dim():
         return tensor.reshape(())
     if tensor.dim() not in (0, rows.dim()):
@@ -173,7 +242,8 @@ def dequantize(q: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tenso
     Computed in FP32 as (code * scale) * outer_scale and rounded once to `dtype` (default: q.dtype), one of float32,
     bfloat16, float16. Raises InputError for a plain tensor or another dtype.
     """
-    graph.arm()
+    if torch.compiler.is_dynamo_compiling():
+        graph.arm()
     return _dequantize(q, dtype)
 
 
@@ -184,12 +254,18 @@ def _dequantize(q: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     dtype = q.dtype if dtype is None else dtype
     if dtype not in INPUT_DTYPES:
         raise InputError(f"dequantize gives float32, bfloat16 or float16, not {dtype}", "convert the result")
-    axis = q.block_axis
-    qdata, outer = q.qdata.movedim(axis, -1), q.outer_scale
-    scale = q.scale.movedim(axis, -1) if q.scale_layout == layout.STRIDED else q.scale
-    outer = outer.movedim(axis, -1) if outer is not None and outer.dim() else outer
-    values = torch.ops.microscale.dequantize(qdata, scale, outer, q.format.key, q.shape[axis], q.scale_layout, dtype)
-    return values.movedim(-1, axis)
+    fmt, axis, scale_layout = q.meta.format, q.meta.axis, q.meta.layout
+    qdata, scale, outer = q.qdata, q.scale, q.outer_scale
+    if axis != -1:
+        qdata = qdata.movedim(axis, -1)
+        scale = scale.movedim(axis, -1) if scale_layout == layout.STRIDED else scale
+        outer = outer.movedim(axis, -1) if outer is not None and outer.dim() else outer
+    columns = q.shape[axis]
+    if library.is_direct(qdata, scale, outer):
+        values = library.dequantize(qdata, scale, outer, fmt, columns, scale_layout, dtype)
+    else:
+        values = torch.ops.microscale.dequantize(qdata, scale, outer, fmt.key, columns, scale_layout, dtype)
+    return values if axis == -1 else values.movedim(-1, axis)
 
 
 def encode(x: torch.Tensor, element: str | Mapping[str, Any] | ElementSpec) -> torch.Tensor:
@@ -210,21 +286,16 @@ def decode_table(element: str | Mapping[str, Any] | ElementSpec) -> torch.Tensor
 def explain(op: str, *args: Any, **kwargs: Any) -> dispatch.Explanation:
     """Say which kernel would run an op, and why each other one would not. Touches no data.
 
-    Forms: ("quantize", x, format, **changes), ("dequantize", q, dtype=None), ("matmul", x, w) for `x @ w.T` as a
-    linear layer computes it, ("grouped_matmul", x, w); or ("matmul", problem) with a `dispatch.Problem`.
-    Raises UnknownNameError for another op.
+    Forms: ("quantize", x, format, **changes), ("quantize_both", x, rows, columns=None), ("silu_mul_quantize", gate, up,
+    format, **changes), ("rms_norm_quantize", x, weight, eps, format, **changes), ("dequantize", q, dtype=None),
+    ("matmul", x, w) for `x @ w.T` as a linear layer computes it, ("grouped_matmul", x, w); or ("matmul", problem) with
+    a `dispatch.Problem`. Raises UnknownNameError for another op.
     """
     if args and isinstance(args[0], dispatch.Problem):
         return dispatch.explain_problem(args[0])
-    builders: dict[str, Callable[..., dispatch.Problem]] = {
-        "quantize": _quantize_problem,
-        "dequantize": _dequantize_problem,
-    }
-    if op in builders:
-        return dispatch.explain_problem(builders[op](*args, **kwargs))
-    if op in ("matmul", "grouped_matmul"):
-        return dispatch.explain_problem(_matmul_problem(op, *args, **kwargs))
-    raise unknown_name("op", op, [k.op for k in dispatch.kernels()])
+    if op not in PROBLEMS:
+        raise unknown_name("op", op, PROBLEMS)
+    return dispatch.explain_problem(PROBLEMS[op](*args, **kwargs))
 
 
 def _quantize_problem(x: torch.Tensor, format: QuantizerLike, **changes: Any) -> dispatch.Problem:
@@ -254,3 +325,11 @@ def _dispatch_operand(t: torch.Tensor) -> dispatch.Operand:
         return dispatch.Operand(tuple(t.shape), library.dtype_name(t.dtype))
     outer = None if t.outer_scale is None else "scalar" if t.outer_scale.numel() == 1 else "vector"
     return dispatch.Operand(tuple(t.shape), "uint8", t.format, t.block_axis, t.scale_layout, outer)
+
+
+PROBLEMS: dict[str, Callable[..., dispatch.Problem]] = {  # how `explain` describes a call; other files add their ops
+    "quantize": _quantize_problem,
+    "dequantize": _dequantize_problem,
+    "matmul": functools.partial(_matmul_problem, "matmul"),
+    "grouped_matmul": functools.partial(_matmul_problem, "grouped_matmul"),
+}

@@ -1,5 +1,6 @@
 """The torch.library definitions: schema, fake, and an implementation that asks the dispatcher.
 
+`quantize` and `dequantize` are what the ops of these names run; eager calls on plain tensors go to them directly.
 Specs cross the boundary as their canonical text; an absent outer scale comes back as an empty tensor, because a schema
 has no optional returns. All ops are functional and their outputs own their memory.
 """
@@ -7,6 +8,7 @@ has no optional returns. All ops are functional and their outputs own their memo
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -46,6 +48,40 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# -- without torch's dispatcher ----------------------------------------------------------------------------------------
+
+# An op costs some 10 us on its way through torch's dispatcher and back into Python. What is on that way may need to see
+# it (modes, functorch, a tracer, a profiler) or to prepare its tensors (subclasses, lazy negation and zeros); where
+# nothing of this is there, the kernel is called directly.
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _observers() -> tuple[Callable[[], object], ...]:
+    """Functions with a true result while something on the way is active; all true if this torch keeps one elsewhere."""
+    c = torch._C
+    try:
+        return (
+            c._len_torch_dispatch_stack, c._len_torch_function_stack, c._functorch.maybe_current_level,
+            c._get_tracing_state, c._autograd._profiler_enabled,
+        )  # fmt: skip
+    except AttributeError:
+        return (lambda: True,) * 5
+
+
+_dispatch_modes, _function_modes, _functorch_level, _tracer, _profiler = _observers()
+
+
+def is_direct(*tensors: torch.Tensor | None) -> bool:
+    """Return True if an op on these tensors need not pass through torch's dispatcher."""
+    if _dispatch_modes() or _function_modes() or _functorch_level() or _tracer() or _profiler():
+        return False
+    for t in tensors:  # noqa: SIM110  (all() takes twice the time)
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor()):
+            return False
+    return True
+
+
 # -- quantize ----------------------------------------------------------------------------------------------------------
 
 
@@ -65,6 +101,22 @@ def _order(x: torch.Tensor) -> str:
     return "columns" if x.dim() > 1 and x.transpose(-1, -2).is_contiguous() else "strided"
 
 
+def quantize(
+    x: torch.Tensor,
+    spec: QuantizerSpec,
+    amax: torch.Tensor | None,
+    outer_scale: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scale_layout: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Run the kernel that the dispatcher selects; arguments and results as `reference.quantize`."""
+    given = amax is not None or outer_scale is not None
+    order = "rows" if x.is_contiguous() and not x.storage_offset() else _order(x)
+    facts = (x.shape, x.dtype, x.device, order, spec.key, given, scale_layout)
+    entry = dispatch.select_by("quantize", facts, quantize_problem, x, spec, given, scale_layout)
+    return entry.run(x, spec, amax, outer_scale, seed, scale_layout)
+
+
 @torch.library.impl(LIBRARY, "quantize", "CompositeExplicitAutograd")
 def _quantize(
     x: torch.Tensor,
@@ -74,10 +126,7 @@ def _quantize(
     seed: torch.Tensor | None,
     scale_layout: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    quantizer = QuantizerSpec.from_key(spec)
-    given = amax is not None or outer_scale is not None
-    entry = dispatch.select(quantize_problem(x, quantizer, given, scale_layout))
-    qdata, scale, outer = entry.run(x, quantizer, amax, outer_scale, seed, scale_layout)
+    qdata, scale, outer = quantize(x, QuantizerSpec.from_key(spec), amax, outer_scale, seed, scale_layout)
     return qdata, scale, x.new_empty(0, dtype=torch.float32) if outer is None else outer
 
 
@@ -120,6 +169,21 @@ def _outer_shape(
 # -- dequantize --------------------------------------------------------------------------------------------------------
 
 
+def dequantize(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    outer_scale: torch.Tensor | None,
+    fmt: FormatSpec,
+    columns: int,
+    scale_layout: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Run the kernel that the dispatcher selects; arguments and result as `reference.dequantize`."""
+    facts = (qdata.shape, qdata.device, fmt.key, columns, scale_layout, dtype)
+    entry = dispatch.select_by("dequantize", facts, dequantize_problem, qdata, fmt, columns, scale_layout, dtype)
+    return entry.run(qdata, scale, outer_scale, fmt, columns, scale_layout, dtype)
+
+
 @torch.library.impl(LIBRARY, "dequantize", "CompositeExplicitAutograd")
 def _dequantize(
     qdata: torch.Tensor,
@@ -130,9 +194,7 @@ def _dequantize(
     scale_layout: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    spec = FormatSpec.from_key(fmt)
-    entry = dispatch.select(dequantize_problem(qdata, spec, columns, scale_layout, dtype))
-    return entry.run(qdata, scale, outer_scale, spec, columns, scale_layout, dtype)
+    return dequantize(qdata, scale, outer_scale, FormatSpec.from_key(fmt), columns, scale_layout, dtype)
 
 
 def dequantize_problem(

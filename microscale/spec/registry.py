@@ -174,6 +174,18 @@ def find_format(source: FormatLike) -> FormatSpec:
     return _format(source, document.from_data(source, "format"), ())
 
 
+def bound_format(name: str) -> FormatSpec | None:
+    """Return the format that a name stands for now, None for a path or an unknown name; costs a few look-ups.
+
+    The same object as long as nobody registers the name again, so what was derived from it may be kept beside it.
+    """
+    if name in _user_formats:
+        return _user_formats[name]
+    if name in _shipped("formats"):
+        return _shipped_format(name)
+    return None if paths.is_path(name) else _entry_point_formats().get(name)
+
+
 def _format(source: Any, doc: Document, path: Path_) -> FormatSpec:
     if isinstance(source, FormatSpec):
         return source

@@ -94,6 +94,23 @@ def quantize(
     return qdata, scale, None if outer is None else outer.decode
 
 
+@kernel("quantize_both", "reference.quantize_both", requires=Requires(), native=("cpu",), bound="defines correctness")
+def quantize_both(
+    x: torch.Tensor,
+    spec: QuantizerSpec,
+    column_spec: QuantizerSpec,
+    amaxes: tuple[torch.Tensor | None, torch.Tensor | None],
+    seeds: tuple[torch.Tensor | None, torch.Tensor | None],
+    scale_layout: str,
+) -> tuple[torch.Tensor | None, ...]:
+    """Quantize x [..., R, K] along its rows and along its columns: what `quantize` gives for x, then for its transpose.
+
+    The second of each pair belongs to the columns.
+    """
+    rows = quantize(x, spec, amaxes[0], None, seeds[0], scale_layout)
+    return (*rows, *quantize(x.mT, column_spec, amaxes[1], None, seeds[1], scale_layout))
+
+
 def _outer(
     x: torch.Tensor, spec: QuantizerSpec, amax: torch.Tensor | None, outer_scale: torch.Tensor | None
 ) -> scaling.OuterScale | None:

@@ -1,20 +1,23 @@
-"""Triton quantize: one kernel for every format, specialised by properties; see `jit_quantize.py`.
+"""Triton quantize: one kernel for every quantizer, specialised by properties; see `jit_quantize.py`.
 
-Bytes for bf16 in, MX 4-bit out: 2 + 0.5 + 1/32 per element, read and written once. Where the outer scale is dynamic, a
-first kernel reads the input for its amax.
+Bytes for bf16 in, MX 4-bit out: 2 + 0.5 + 1/32 per element, read and written once. More launches, each of which reads
+the input once more: a Hadamard transform (which also writes it), a dynamic outer scale (`amax.py`), scale tiles
+(`tiles.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from microscale.dispatch import Problem, Requires, kernel
-from microscale.kernels.triton import properties
+from microscale.dispatch import Requires, kernel
+from microscale.kernels.triton import amax as outer_scales
+from microscale.kernels.triton import constants, properties, tiles
+from microscale.kernels.triton.hadamard import hadamard
 from microscale.kernels.triton.launch import launch
+from microscale.kernels.triton.matrices import Matrices, as_matrices
 from microscale.numerics import layout, scaling
 from microscale.spec.quantizer import QuantizerSpec
 
@@ -22,45 +25,11 @@ from microscale.spec.quantizer import QuantizerSpec
 LANES = 2048
 WARPS = 2
 PACKING_WARPS = 4  # where neighbouring codes are put together across threads
+MOST_WARPS = 32
+LANES_OF_WARP = 2048  # lanes that one warp holds, at most: 64 registers a thread
+WIDE = 2**31  # elements from which places take 64 bits
 
-
-def _spec(problem: Problem) -> QuantizerSpec:
-    assert problem.quantizer is not None
-    return problem.quantizer
-
-
-CHECKS = (
-    ("searches no scale candidates", lambda p: not _spec(p).format.scale_rule.candidates),
-    ("takes no scale tile of several rows or blocks", lambda p: _spec(p).scale_tile is None),
-    ("fuses no Hadamard transform", lambda p: _spec(p).hadamard is None),
-    ("rounds codebooks to nearest only", lambda p: not _is_stochastic_codebook(_spec(p))),
-    ("needs subnormals in the element", lambda p: _has_zero(_spec(p))),
-    ("needs a scale that is E8M0-like, FP32, or of up to 8 bits", lambda p: _scale_fits(_spec(p))),
-)
-
-
-def _is_stochastic_codebook(spec: QuantizerSpec) -> bool:
-    return spec.rounding == "stochastic" and spec.format.element.kind == "codebook"
-
-
-def _has_zero(spec: QuantizerSpec) -> bool:
-    element = spec.format.element
-    return element.kind != "float" or element.subnormals
-
-
-def _scale_fits(spec: QuantizerSpec) -> bool:
-    scale = spec.format.scale
-    return scale.exponent_only or scale.torch_dtype == "float32" or (scale.width <= 8 and scale.subnormals)
-
-
-@functools.cache
-def _jit() -> Any:
-    from microscale.kernels.triton import jit_quantize
-
-    return jit_quantize
-
-
-REQUIRES = Requires(devices=("cuda",), packages=("triton",), checks=CHECKS)
+REQUIRES = Requires(devices=("cuda",), packages=("triton",))
 
 
 @kernel("quantize", "triton.quantize", priority=10, requires=REQUIRES)
@@ -73,31 +42,32 @@ def quantize(
     scale_layout: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Quantize x [..., R, K] along the last axis; arguments and results as `reference.quantize`."""
-    fmt, columns = spec.format, x.shape[-1]
-    shape = x.shape[:-1]
-    matrix_rows = x.shape[-2] if x.dim() > 1 else 1
-    blocks = -(-columns // fmt.block)
-    qdata = torch.empty((*shape, blocks * fmt.block_bytes), dtype=torch.uint8, device=x.device)
-    scale = _empty_scale(x, spec, blocks, scale_layout)
-    outer = _outer(x, spec, amax, outer_scale)
-    total = qdata.numel() // max(1, fmt.block_bytes)
-    if total:
-        rows = _as_rows(x)
-        _launch(rows, qdata, scale, outer, seed, spec, (total, matrix_rows, columns, blocks), scale_layout)
-    elif outer is not None and outer.kind == FROM_AMAX:
-        outer.decode.fill_(1.0)
-    return qdata, scale, None if outer is None else outer.decode
+    if spec.hadamard is not None:
+        x = hadamard(x, spec.hadamard)
+    facts, shape = _facts(spec), x.shape
+    blocks = -(-shape[-1] // facts.block)
+    qdata = torch.empty((*shape[:-1], blocks * facts.block_bytes), dtype=torch.uint8, device=x.device)
+    scale = _empty_scale(x, facts.scale_dtype, blocks, scale_layout)
+    if not x.numel():
+        return qdata, scale, _outer_of_nothing(x, spec, amax, outer_scale)
+    outer = outer_scales.outer_of(x, spec.format, amax, outer_scale) if facts.has_outer else None
+    _launch(as_matrices(x), qdata, scale, outer, seed, spec, blocks, scale_layout)
+    return qdata, scale, None if outer is None else outer.result
 
 
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """View x as [rows, K] where its leading strides allow it; copy otherwise."""
-    if x.dim() == 2:
-        return x
-    return x.unsqueeze(0) if x.dim() == 1 else x.reshape(-1, x.shape[-1])
+def _outer_of_nothing(
+    x: torch.Tensor, spec: QuantizerSpec, amax: torch.Tensor | None, outer_scale: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The outer scale of an empty tensor."""
+    fmt = spec.format
+    if fmt.outer_scale is None:
+        return None
+    if outer_scale is not None:
+        return scaling.outer_from_scale(outer_scale, fmt).decode
+    return scaling.outer_from_amax(scaling.finite_amax(x, fmt.outer_scale.per) if amax is None else amax, fmt).decode
 
 
-def _empty_scale(x: torch.Tensor, spec: QuantizerSpec, blocks: int, scale_layout: str) -> torch.Tensor:
-    dtype = torch.float32 if spec.format.scale.width > 8 else torch.uint8
+def _empty_scale(x: torch.Tensor, dtype: torch.dtype, blocks: int, scale_layout: str) -> torch.Tensor:
     shape = x.shape[:-1]
     if scale_layout == layout.STRIDED:
         return torch.empty((*shape, blocks), dtype=dtype, device=x.device)
@@ -107,95 +77,139 @@ def _empty_scale(x: torch.Tensor, spec: QuantizerSpec, blocks: int, scale_layout
     return make((*shape[:-1], full_rows * full_columns), dtype=dtype, device=x.device)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Outer:
-    """The outer scale as the kernel takes it. FROM_AMAX: `encode` is the amax, and the kernel writes `decode`."""
-
-    kind: int
-    encode: torch.Tensor
-    decode: torch.Tensor
-
-
-NONE, SCALAR, BY_ROW, FROM_AMAX = range(4)
-
-
-def _outer(
-    x: torch.Tensor, spec: QuantizerSpec, amax: torch.Tensor | None, outer_scale: torch.Tensor | None
-) -> _Outer | None:
-    fmt = spec.format
-    if fmt.outer_scale is None:
-        return None
-    if outer_scale is None and fmt.outer_scale.per == "tensor" and (amax is None or amax.dim() == 0):
-        amax = tensor_amax(x) if amax is None else amax
-        return _Outer(FROM_AMAX, amax, torch.empty((), dtype=torch.float32, device=x.device))
-    if outer_scale is not None:
-        made = scaling.outer_from_scale(outer_scale, fmt)
-    else:
-        made = scaling.outer_from_amax(scaling.finite_amax(x, fmt.outer_scale.per) if amax is None else amax, fmt)
-    return _Outer(SCALAR if made.encode.numel() == 1 else BY_ROW, made.encode, made.decode)
-
-
-def tensor_amax(x: torch.Tensor) -> torch.Tensor:
-    """Return the FP32 amax over finite values of a whole tensor, shape ()."""
-    bits = torch.zeros((), dtype=torch.int32, device=x.device)
-    if x.numel():
-        dense = x if x.is_contiguous() else x.contiguous()
-        size, iterations = 4096, 8
-        grid = -(-x.numel() // (size * iterations))
-        constants = {"SIZE": size, "ITERATIONS": iterations}
-        launch(_jit().finite_amax, grid, (dense, bits, x.numel()), constants, 8)
-    return bits.view(torch.float32)
-
-
 def _launch(
-    rows: torch.Tensor,
+    x: Matrices,
     qdata: torch.Tensor,
     scale: torch.Tensor,
-    outer: _Outer | None,
+    outer: outer_scales.Outer | None,
     seed: torch.Tensor | None,
     spec: QuantizerSpec,
-    sizes: tuple[int, int, int, int],
+    blocks: int,
     scale_layout: str,
 ) -> None:
-    fmt = spec.format
-    total, _, columns, _ = sizes
-    lanes = properties.power_of_two_at_least(fmt.block)
-    per_program = max(1, LANES // lanes)
-    encode, decode, kind = scale, scale, NONE
-    if outer is not None:
-        encode, decode, kind = outer.encode, outer.decode, outer.kind
-    if kind == BY_ROW:
-        encode, decode = (_per_row(t, rows.shape[0]) for t in (encode, decode))
-    thresholds, code_of = properties.tables(fmt.element, rows.device)
-    flat = columns % fmt.block == 0 and lanes == fmt.block and rows.is_contiguous()
-    encoder = choose_encoder(rows, spec, flat)
+    facts, total = _facts(spec), x.total_rows * blocks
+    if facts.scale_dtype in (torch.float16, torch.bfloat16):
+        scale = scale.view(torch.int16)  # the kernel writes codes
+    kind, source, count, decode = (outer_scales.NONE, scale, 0, scale) if outer is None else outer[:4]
+    tables = constants.codebook(spec.format.element, scale.device) if facts.has_codebook else (scale, scale)
+    bits = choice = multipliers = scale
+    if facts.has_candidates:
+        multipliers = constants.multipliers(spec.format.scale_rule, scale.device)
+    tile_rows = tile_columns = 0
+    if facts.tile_blocks:
+        covered = tiles.tiles_of(x, facts.tile_rows, facts.tile_blocks, facts.block)
+        bits, tile_rows, tile_columns = tiles.tile_amax(x, covered), covered.rows, covered.columns
+        if facts.has_candidates:
+            choice = tiles.tile_choice(x, covered, bits, outer, spec, tables)
+    flat = x.dense and x.columns % facts.block == 0 and facts.lanes == facts.block
+    encoder, data = choose_encoder(x.data, spec, flat), x.data
     if encoder >= PACKED_EXPONENTS:
-        rows = rows.view(torch.int32)
-    warps = PACKING_WARPS if encoder == PORTABLE and fmt.element.pack_group > 1 else WARPS
-    constants = {
-        **properties.quantize_constants(fmt), "BLOCKS": per_program, "BLOCK_P2": lanes, "OUTER": kind,
-        "STOCHASTIC": spec.rounding == "stochastic", "SWIZZLE": scale_layout == layout.SWIZZLED, "FLAT": flat,
-        "WIDE": total * lanes >= 2**31, "ENCODER": encoder,
-    }  # fmt: skip
-    args = (
-        rows, qdata, scale, encode, decode, scale if seed is None else seed, thresholds, code_of,
-        *sizes, rows.stride(0), rows.stride(1),
+        data = data.view(torch.int32)
+    plan = plan_of(
+        spec, kind, 0 if outer is None else outer.lanes, scale_layout == layout.SWIZZLED, flat, x.down, x.batched,
+        total * facts.lanes >= WIDE, encoder,
     )  # fmt: skip
-    launch(_jit().quantize_rows, -(-total // per_program), args, constants, warps)
+    args = (
+        data, qdata, scale, source, decode, scale if seed is None else seed, *tables, bits, choice, multipliers,
+        total, x.total_rows, count, x.rows, x.columns, blocks, tile_rows, tile_columns, *x.strides,
+    )  # fmt: skip
+    launch(_jit().quantize_rows, -(-total // plan.blocks), args, plan.constants, plan.warps)
+
+
+@functools.cache
+def _jit() -> Any:
+    from microscale.kernels.triton import jit_quantize
+
+    return jit_quantize
+
+
+class _Facts(NamedTuple):
+    """What the host code asks of a quantizer at every call."""
+
+    block: int
+    block_bytes: int
+    lanes: int
+    scale_dtype: torch.dtype
+    has_outer: bool
+    has_candidates: bool
+    has_codebook: bool
+    tile_rows: int
+    tile_blocks: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _facts(spec: QuantizerSpec) -> _Facts:
+    fmt = spec.format
+    known = constants.quantizer_constants(spec)
+    return _Facts(
+        fmt.block,
+        fmt.block_bytes,
+        properties.power_of_two_at_least(fmt.block),
+        torch.uint8 if fmt.scale.torch_dtype is None else getattr(torch, fmt.scale.torch_dtype),
+        fmt.outer_scale is not None,
+        bool(fmt.scale_rule.candidates),
+        fmt.element.kind == "codebook",
+        known["TILE_ROWS"],
+        known["TILE_BLOCKS"],
+    )
+
+
+class Plan(NamedTuple):
+    """How `quantize_rows` is launched: its constexpr arguments, blocks of a program, warps."""
+
+    constants: dict[str, Any]
+    blocks: int
+    warps: int
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_of(
+    spec: QuantizerSpec,
+    outer: int,
+    outer_lanes: int,
+    swizzle: bool,
+    flat: bool,
+    down: bool,
+    batched: bool,
+    wide: bool,
+    encoder: int,
+) -> Plan:
+    """Return how calls of one kind are launched; the same object for the same kind.
+
+    outer, outer_lanes: of an `amax.Outer` (NONE, 0 without one). flat: x is dense rows of whole blocks of 2**n
+    elements; down, batched: of `Matrices`; wide: it has 2**31 elements or more.
+    """
+    known, lanes = constants.quantizer_constants(spec), properties.power_of_two_at_least(spec.format.block)
+    blocks = max(1, LANES // lanes)
+    made = {
+        **known, "BLOCKS": blocks, "BLOCK_P2": lanes, "OUTER": outer, "OUTER_LANES": outer_lanes,
+        "WRITES_OUTER": outer_scales.NONE < outer < outer_scales.BY_ROW,
+        "SWIZZLE": swizzle, "FLAT": flat, "DOWN": down, "BATCHED": batched, "WIDE": wide, "ENCODER": encoder,
+    }  # fmt: skip
+    packs = encoder == PORTABLE and spec.format.element.pack_group > 1
+    warps = PACKING_WARPS if packs or known["CANDIDATES"] else WARPS
+    warps = min(MOST_WARPS, max(warps, lanes // LANES_OF_WARP))
+    return Plan(constants.only(_jit().quantize_rows, made), blocks, warps)
 
 
 PORTABLE, BY_FP8, PACKED_EXPONENTS, PACKED_FACTORS = range(4)
 E8M0_BIAS = 127
 
 
-def choose_encoder(rows: torch.Tensor, spec: QuantizerSpec, flat: bool) -> int:
+def choose_encoder(x: torch.Tensor, spec: QuantizerSpec, flat: bool) -> int:
     """Return which encoder of `jit_quantize.py` serves a call."""
-    if properties.interpreted():
+    if not flat or properties.interpreted():
         return PORTABLE
-    packable = flat and rows.dtype == torch.bfloat16 and rows.data_ptr() % 4 == 0
-    return encoder_for(spec, torch.cuda.get_device_capability(rows.device), dense=flat, packable=packable)
+    packable = x.dtype == torch.bfloat16 and x.data_ptr() % 4 == 0
+    return encoder_for(spec, _capability(x.device), dense=True, packable=packable)
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.lru_cache(maxsize=4096)
 def encoder_for(spec: QuantizerSpec, capability: tuple[int, int], *, dense: bool, packable: bool) -> int:
     """Return the encoder for a quantizer on an architecture. `dense`: the input is whole blocks; `packable`: of bf16.
 
@@ -204,20 +218,14 @@ def encoder_for(spec: QuantizerSpec, capability: tuple[int, int], *, dense: bool
     through the cast and through the instruction written by hand. The cause is not known; portable code was right there.
     """
     fmt, element = spec.format, spec.format.element
-    if capability < (9, 0) or spec.rounding != "nearest_even" or element.kind != "float":
+    if not dense or capability < (9, 0) or element.kind != "float":
         return PORTABLE
-    if properties.is_fp8(element) and element.max is None and dense and fmt.block % 32 == 0:
+    if spec.rounding != "nearest_even" or fmt.scale_rule.candidates:
+        return PORTABLE
+    if properties.is_fp8(element) and element.subnormals and element.max is None and fmt.block % 32 == 0:
         return BY_FP8
     if not packable or not properties.is_e2m1(element) or fmt.block % 8:
         return PORTABLE
     if not fmt.scale.exponent_only:
         return PACKED_FACTORS
     return PACKED_EXPONENTS if fmt.scale.bias == E8M0_BIAS else PORTABLE
-
-
-def _per_row(t: torch.Tensor, rows: int) -> torch.Tensor:
-    """Outer scales [..., R or 1, 1] as one per row of the flattened matrix."""
-    if t.numel() == rows:
-        return t.reshape(rows)
-    per_matrix = rows // (t.numel() or 1)  # one per expert: t is [..., 1, 1]
-    return t.reshape(-1, 1).expand(-1, per_matrix).reshape(rows)

@@ -1,0 +1,204 @@
+"""The overhead suite: host time of a small quantize and dequantize, and where it goes.
+
+A sample is the mean of 50 calls that nothing synchronises in between; the device is idle before each sample, so that
+its queue never fills. The median and the spread of the samples are reported, one row for each part:
+
+    total               the public function; quantize by the format's name
+    around the kernel   the same with a kernel that gives ready outputs. Of that:
+      selection           describing the call and finding its kernel
+      spec look-up        from the name to the quantizer
+      wrapper             making the BlockScaledTensor
+      checks              the rest: arguments, modes of torch, Python's own calls
+    kernel              host code of the kernel alone. Of that:
+      allocation          of its outputs
+      launch NAME         of each jitted kernel
+      plan                the rest: choosing and preparing what is launched
+
+`ratio` is the share of the total. Parts are timed one by one; `checks` and `plan` are what is left over, and have the
+noise of all. A reference kernel's own time is no overhead: there, only what is around it is reported. The row of op
+`torch` is the floor: the simplest operation of torch on that device, setting one element to zero.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from microscale import dispatch
+from microscale.bench.quantize import Shape, _device, _input
+from microscale.bench.timing import BenchReport, Row, Timing, environment
+from microscale.kernels.triton.launch import Launch, launch, recorded
+from microscale.numerics import layout
+from microscale.ops import dequantize, explain, library, quantize
+from microscale.ops.api import cached_quantizer
+from microscale.spec.format import FormatSpec
+from microscale.spec.registry import QuantizerLike, find_quantizer, list_formats
+from microscale.tensor import BlockScaledTensor
+from microscale.testing import assert_same_bits, assert_same_quantized
+
+SHAPE = (1, 4096)
+CALLS = 50  # of a sample: with a few launches each, far fewer than a queue holds
+CPU_FACTS = Path("/proc/cpuinfo")
+
+Call = Callable[[], Any]
+
+
+class _Op(NamedTuple):
+    """The ways to call one op: `public` as users do, its kernel's `run` and, with selection, `selected` with `args`."""
+
+    name: str
+    public: Call
+    run: Callable[..., Any]
+    selected: Callable[..., Any]
+    args: tuple[Any, ...]
+    parts: dict[str, Call]  # others of what is around the kernel
+
+
+def bench_overhead(
+    device: str = "cuda",
+    formats: Sequence[QuantizerLike] | None = None,
+    shapes: Sequence[Shape] | None = None,
+    *,
+    samples: int = 21,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> BenchReport:
+    """Time the host code of quantize and dequantize of bfloat16 for formats (default all) and shapes (default 1x4096).
+
+    Raises InputError if there is no such device. `progress` is called as (done, total, what).
+    """
+    place = _device(device)
+    clock = _Clock(place, samples)
+    one = torch.empty(1, device=place)
+    rows = [_row("torch", "", "zero_ of one element", (1,), clock(one.zero_), None, "")]
+    jobs = [(shape, source) for shape in shapes or [SHAPE] for source in formats or list_formats()]
+    for done, (shape, source) in enumerate(jobs):
+        if progress is not None:
+            progress(done, len(jobs), f"{find_quantizer(source).name} {'x'.join(map(str, shape))}")
+        x = _input(shape, place)
+        rows.extend(_quantize_rows(x, source, clock))
+        rows.extend(_dequantize_rows(quantize(x, source), clock))
+    return BenchReport({**environment(place), "host": _host()}, {}, tuple(rows))
+
+
+class _Clock:
+    """Times host code on one device; see the module for the method."""
+
+    def __init__(self, device: torch.device, samples: int) -> None:
+        self.device, self.samples = device, samples
+
+    def __call__(self, call: Call) -> Timing:
+        for _ in range(3):  # compile and fill caches
+            call()
+        times = sorted(self._sample(call) for _ in range(self.samples))
+        low, high = times[len(times) // 10], times[-1 - len(times) // 10]
+        return Timing(statistics.median(times), high - low)
+
+    def _sample(self, call: Call) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        return (time.perf_counter() - start) * 1e6 / CALLS
+
+
+def _quantize_rows(x: torch.Tensor, source: QuantizerLike, clock: _Clock) -> Iterator[Row]:
+    spec = find_quantizer(source)
+    chosen = explain("quantize", x, spec)
+    q = quantize(x, spec)
+    with dispatch.use_backend("reference"):
+        expected = quantize(x, spec)
+    args = (x, spec, None, None, None, layout.STRIDED)
+    entry = dispatch.select(library.quantize_problem(x, spec, False, layout.STRIDED))
+    made = (q.qdata, q.scale, q.outer_scale)
+
+    def wrap() -> BlockScaledTensor:
+        return BlockScaledTensor(*made, q.meta, x.shape, x.dtype)
+
+    parts = {"spec look-up": lambda: cached_quantizer(source, {}), "wrapper": wrap}
+    op = _Op("quantize", lambda: quantize(x, source), entry.run, library.quantize, args, parts)
+    check = functools.partial(assert_same_quantized, q, expected)
+    yield from _rows(op, made, spec.name, tuple(x.shape), chosen, check, clock)
+
+
+def _dequantize_rows(q: BlockScaledTensor, clock: _Clock) -> Iterator[Row]:
+    chosen = explain("dequantize", q)
+    fmt: FormatSpec = q.format
+    values = dequantize(q)
+    with dispatch.use_backend("reference"):
+        expected = dequantize(q)
+    args = (q.qdata, q.scale, q.outer_scale, fmt, q.shape[-1], q.scale_layout, q.dtype)
+    entry = dispatch.select(library.dequantize_problem(q.qdata, fmt, q.shape[-1], q.scale_layout, q.dtype))
+    op = _Op("dequantize", lambda: dequantize(q), entry.run, library.dequantize, args, {})
+    check = functools.partial(assert_same_bits, values, expected)
+    yield from _rows(op, values, fmt.name, tuple(q.shape), chosen, check, clock)
+
+
+def _rows(
+    op: _Op, made: Any, name: str, shape: Shape, chosen: dispatch.Explanation, check: Call, clock: _Clock
+) -> Iterator[Row]:
+    kernel = chosen.chosen or "none"
+    try:
+        check()
+    except AssertionError as error:
+        yield Row(op.name, name, "total", shape, None, None, None, None, kernel, False, f"differs: {error}")
+        return
+    with recorded() as launches:
+        op.run(*op.args)
+    timed: dict[str, Timing] = {}
+    if launches:  # host code that a device waits for
+        timed["total"] = clock(op.public)
+    timed |= _around(op, made, clock)
+    if launches:
+        timed |= _kernel(op, made, launches, clock)
+    whole = timed.get("total", timed["around the kernel"]).us
+    for part, timing in timed.items():
+        yield _row(op.name, name, part, shape, timing, timing.us / whole, kernel)
+
+
+def _around(op: _Op, made: Any, clock: _Clock) -> dict[str, Timing]:
+    """The op with its kernel replaced, and what that consists of."""
+    with dispatch.stand_in(op.name, lambda *args: made):
+        whole = clock(op.public)
+        parts = {"selection": clock(lambda: op.selected(*op.args))}
+    parts |= {name: clock(call) for name, call in op.parts.items()}
+    return {"around the kernel": whole, **parts, "checks": _left(whole, parts)}
+
+
+def _kernel(op: _Op, made: Any, launches: list[Launch], clock: _Clock) -> dict[str, Timing]:
+    """The kernel's host code, and what that consists of."""
+    whole = clock(lambda: op.run(*op.args))
+    facts = [(t.shape, t.dtype, t.device) for t in (made if isinstance(made, tuple) else (made,)) if t is not None]
+
+    def allocate() -> None:
+        for size, dtype, device in facts:
+            torch.empty(size, dtype=dtype, device=device)
+
+    parts = {"allocation": clock(allocate)}
+    for each in launches:
+        name = f"launch {each.kernel.__name__}"
+        parts[name if name not in parts else f"{name} {len(parts)}"] = clock(functools.partial(launch, *each))
+    return {"kernel": whole, **parts, "plan": _left(whole, parts)}
+
+
+def _left(whole: Timing, parts: dict[str, Timing]) -> Timing:
+    """What is left of a whole; the spreads add up."""
+    return Timing(
+        whole.us - sum(p.us for p in parts.values()), whole.us_spread + sum(p.us_spread for p in parts.values())
+    )
+
+
+def _row(op: str, name: str, part: str, shape: Shape, timing: Timing, ratio: float | None, kernel: str) -> Row:
+    return Row(op, name, part, shape, timing.us, timing.us_spread, None, ratio, kernel, True)
+
+
+def _host() -> str:
+    """Return the model of the CPU, "" where it is not known."""
+    lines = CPU_FACTS.read_text().splitlines() if CPU_FACTS.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
