@@ -18,20 +18,45 @@ SHAPE = (64, 256)
 def test_rows_and_ceilings():
     report = bench_quantize("cpu", ["mxfp4", "nvfp4"], [SHAPE], samples=3)
     modes = [(r.op, r.format, r.mode) for r in report.rows]
-    assert modes == [
+    assert [m for m in modes if m[1] == "mxfp4"] == [
         ("quantize", "mxfp4", "along K"),
         ("quantize", "mxfp4", "along K, swizzled"),
+        ("quantize", "mxfp4", "along M"),
+        ("quantize", "mxfp4", "both axes"),
+        ("quantize", "mxfp4", "2D 32x32"),
+        ("quantize", "mxfp4", "Hadamard 16"),
+        ("quantize", "mxfp4", "stochastic"),
+        ("silu_mul_quantize", "mxfp4", "along K"),
+        ("rms_norm_quantize", "mxfp4", "along K"),
         ("dequantize", "mxfp4", "along K"),
-        ("quantize", "nvfp4", "given outer scale"),
-        ("quantize", "nvfp4", "given outer scale, swizzled"),
-        ("quantize", "nvfp4", "dynamic"),
-        ("dequantize", "nvfp4", "along K"),
+        ("dequantize", "mxfp4", "along K, swizzled"),
     ]
+    assert {m[2] for m in modes if m[:2] == ("quantize", "nvfp4")} == {
+        "given outer scale", "given outer scale, swizzled", "dynamic", "along M", "both axes", "2D 16x16",
+        "Hadamard 16", "stochastic",
+    }  # fmt: skip
     for row in report.rows:
         assert row.checked and row.us > 0 and row.gb_per_s > 0 and row.kernel.startswith("reference.")
     assert all(v > 0 for v in report.ceilings.values()) and report.environment["torch"] == torch.__version__
     size = 64 * 256 * 2 + 64 * (256 // 2 + 256 // 32)
     assert report.rows[0].gb_per_s == pytest.approx(size / report.rows[0].us / 1e3)
+
+
+def test_later_shapes_have_the_plain_modes_and_results_are_kept(tmp_path):
+    """Only the first shape has what training asks for; what is measured is saved after every format."""
+    saved = []
+    report = bench_quantize("cpu", ["mxfp8", "nvfp4_row"], [SHAPE, (32, 128)], samples=3, save=saved.append)
+    later = {r.mode for r in report.rows if r.shape == (32, 128)}
+    assert later == {"along K", "along K, swizzled"} and report.rows == saved[-1].rows
+    assert [len(r.rows) for r in saved] == sorted({len(r.rows) for r in saved}) and len(saved) == 4
+
+
+def test_an_interrupt_keeps_what_is_measured():
+    def stop(report):
+        raise KeyboardInterrupt
+
+    report = bench_quantize("cpu", ["mxfp8", "mxfp4"], [SHAPE], samples=3, save=stop)
+    assert {r.format for r in report.rows} == {"mxfp8"} and report.environment["interrupted"]
 
 
 def test_a_wrong_kernel_gets_no_time(monkeypatch):

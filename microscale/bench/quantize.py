@@ -37,30 +37,61 @@ def bench_quantize(
     *,
     samples: int = 21,
     progress: Callable[[int, int, str], None] | None = None,
+    jobs: int = 0,
+    save: Callable[[BenchReport], None] | None = None,
 ) -> BenchReport:
     """Time quantize and dequantize of bfloat16 for formats (default all) and shapes (rows, columns).
 
-    Raises InputError if there is no such device. `progress` is called as (done, total, what).
+    Raises InputError if there is no such device. What training and fused producers ask for is measured at the first
+    shape only. `progress` is called as (done, total, what), `save` with what there is after every format. `jobs`:
+    processes that first compile the kernels side by side, each for a format; alone that takes many minutes.
     """
     place = _device(device)
-    timer = Timer(place, samples)
     wanted = tuple(shapes or SHAPES[place.type])
+    specs = [find_quantizer(f) for f in (formats or list_formats())]
+    if jobs:
+        _compile(place, [spec.key for spec in specs], wanted, jobs)
+    timer = Timer(place, samples)
     top = timer.copy_gb_per_s(CEILING_BYTES[place.type])
     ceilings = {f"copy_{CEILING_BYTES[place.type] >> 20}MiB": top}
-    specs = [find_quantizer(f) for f in (formats or list_formats())]
     rows: list[Row] = []
-    for shape in wanted:
-        x = _input(shape, place)
-        small = x.numel() * 2 < CEILING_BYTES[place.type] // 2
-        ceiling = top
-        if small:  # a small tensor is held against a copy of its own size
-            ceiling = ceilings[f"copy_{x.numel() * 2 >> 10}KiB"] = timer.copy_gb_per_s(x.numel() * 2)
-        for spec in specs:
-            if progress is not None:
-                progress(len(rows), len(wanted) * len(specs) * 9, f"{spec.name} {shape[0]}x{shape[1]}")
-            cases = _cases(x, spec)
-            rows.extend(_row(case, spec, tuple(x.shape), timer, ceiling) for case in cases)
-    return BenchReport(environment(place), ceilings, tuple(rows))
+    found = environment(place)
+    try:
+        for shape in wanted:
+            x = _input(shape, place)
+            small = x.numel() * 2 < CEILING_BYTES[place.type] // 2
+            ceiling = top
+            if small:  # a small tensor is held against a copy of its own size
+                ceiling = ceilings[f"copy_{x.numel() * 2 >> 10}KiB"] = timer.copy_gb_per_s(x.numel() * 2)
+            for spec in specs:
+                if progress is not None:
+                    progress(len(rows), len(wanted) * len(specs) * 9, f"{spec.name} {shape[0]}x{shape[1]}")
+                for case in _cases(x, spec, full=shape == wanted[0]):
+                    rows.append(_row(case, spec, tuple(x.shape), timer, ceiling))
+                if save is not None:
+                    save(BenchReport(found, ceilings, tuple(rows)))
+    except KeyboardInterrupt:  # half an hour of measurements is worth keeping
+        found["interrupted"] = True
+    return BenchReport(found, ceilings, tuple(rows))
+
+
+def _compile(place: torch.device, keys: Sequence[str], shapes: Sequence[Shape], jobs: int) -> None:
+    """Call everything once in processes of their own, which leave their kernels in Triton's cache."""
+    import concurrent.futures
+    import multiprocessing
+
+    fresh = multiprocessing.get_context("spawn")  # CUDA cannot be used after a fork
+    with concurrent.futures.ProcessPoolExecutor(jobs, fresh) as pool:
+        for done in [pool.submit(_call_once, str(place), key, shapes) for key in keys]:
+            done.result()
+
+
+def _call_once(place: str, key: str, shapes: Sequence[Shape]) -> None:
+    spec = QuantizerSpec.from_key(key)
+    for shape in shapes:
+        x = _input(shape, torch.device(place))
+        for case in _cases(x, spec, full=shape == shapes[0]):
+            case.call()
 
 
 def _device(name: str) -> torch.device:
@@ -99,7 +130,8 @@ class _Case:
                 assert_same_bits(one, other, self.op)
 
 
-def _cases(x: torch.Tensor, spec: QuantizerSpec) -> Iterator[_Case]:
+def _cases(x: torch.Tensor, spec: QuantizerSpec, *, full: bool) -> Iterator[_Case]:
+    """What is measured for one format and shape; `full`: also what training and fused producers ask for."""
     outer = spec.format.outer_scale
     given = None if outer is None or outer.per != "tensor" else x.abs().amax().float()
     plain = "given outer scale" if given is not None else "along K"
@@ -117,20 +149,31 @@ def _cases(x: torch.Tensor, spec: QuantizerSpec) -> Iterator[_Case]:
     yield case(f"{plain}, swizzled", amax=given, **swizzled)
     if given is not None:
         yield case("dynamic", size=whole + bytes_in)
+    if full:
+        yield from _full_cases(x, spec, given, case)
+    q = quantize(x, spec, amax=given)
+    yield _Case("dequantize", "along K", explain("dequantize", q), q.dequantize, whole)
+    swizzled_q = quantize(x, spec, amax=given, **swizzled)
+    explained = explain("dequantize", swizzled_q)
+    yield _Case("dequantize", "along K, swizzled", explained, swizzled_q.dequantize, whole)
+
+
+def _full_cases(
+    x: torch.Tensor, spec: QuantizerSpec, given: torch.Tensor | None, case: Callable[..., _Case]
+) -> Iterator[_Case]:
+    bytes_in, bytes_out = x.numel() * x.element_size(), _stored(x, spec)
+    whole = bytes_in + bytes_out
     yield case("along M", amax=given, axis=-2)
     chosen = explain("quantize_both", x, spec)
     both = functools.partial(quantize_both, x, spec, amax=given, column_amax=given)
     yield _Case("quantize", "both axes", chosen, both, whole + bytes_out)
     if spec.format.element.width == 4 and spec.format.element.kind == "float":  # what training recipes add
         block = spec.format.block
-        yield case(f"2D {block}x{block}", quantizer=find_quantizer(spec, scale_tile=block), amax=given)
+        if spec.format.outer_scale is None or spec.format.outer_scale.per != "row":
+            yield case(f"2D {block}x{block}", quantizer=find_quantizer(spec, scale_tile=block), amax=given)
         yield case("Hadamard 16", quantizer=find_quantizer(spec, hadamard=16), amax=given)
         yield case("stochastic", quantizer=find_quantizer(spec, rounding="stochastic"), amax=given)
     yield from _producer_cases(x, spec, given, whole)
-    q = quantize(x, spec, amax=given)
-    yield _Case("dequantize", "along K", explain("dequantize", q), q.dequantize, whole)
-    q = quantize(x, spec, amax=given, **swizzled)
-    yield _Case("dequantize", "along K, swizzled", explain("dequantize", q), q.dequantize, whole)
 
 
 def _producer_cases(x: torch.Tensor, spec: QuantizerSpec, given: torch.Tensor | None, whole: int) -> Iterator[_Case]:

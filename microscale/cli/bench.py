@@ -24,6 +24,7 @@ def bench(
     device: Annotated[str, typer.Option("--device", help="cuda or cpu.")] = "cuda",
     samples: Annotated[int, typer.Option("--samples", min=3, help="Timed calls per row.")] = 21,
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write the JSON there too.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=0, help="Suite quantize: compile in so many processes first.")] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Time the kernels of this machine, each checked first.
@@ -41,11 +42,16 @@ def bench(
         raise InputError(f"--shapes {shapes!r}: each shape has rows and columns", "for example 4096x4096,16384x8192")
     names = [options.format_like(f, "--formats") for f in options.split_list([formats] if formats else None) or []]
     run, show = {"quantize": (bench_quantize, _print), "overhead": (bench_overhead, _print_overhead)}[suite]
+
+    def save(report: BenchReport) -> None:
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(output.plain(report), indent=1) + "\n")
+
+    more = {"jobs": jobs, "save": save} if suite == "quantize" else {}
     with output.progress("bench") as step:
-        report = run(device, names or None, sizes, samples=samples, progress=step)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(output.plain(report), indent=1) + "\n")
+        report = run(device, names or None, sizes, samples=samples, progress=step, **more)
+    save(report)
     if as_json:
         output.emit_json(report)
     else:

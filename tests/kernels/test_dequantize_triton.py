@@ -1,10 +1,5 @@
 """Triton's dequantize: bit for bit the reference, by the kernel meant for each call, in few instructions."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,18 +7,10 @@ pytest.importorskip("triton")
 import microscale as ms
 from microscale.kernels.triton import dequantize, jit_dequantize
 from microscale.numerics import layout
+from tests.kernels.processes import lines
 
 FORMATS = ms.list_formats()
 RUNS, ROWS = jit_dequantize.dequantize_runs, jit_dequantize.dequantize_rows
-
-
-def lines(module: str, *args: str, **environment: str) -> list[dict[str, object]]:
-    """Run a module in a process of its own and parse the JSON lines it prints."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-W", "ignore", "-m", module, *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 @pytest.mark.parametrize("part", range(3))

@@ -1,10 +1,6 @@
 """Triton's producers: bit for bit the reference, by the kernel meant for each call, in few instructions."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,18 +9,10 @@ pytest.importorskip("triton")
 import microscale as ms
 from microscale import dispatch
 from microscale.ops.producers import problem
+from tests.kernels.processes import lines
 
 FORMATS = ms.list_formats()
 FUSED = {"silu_mul_quantize", "rms_norm_quantize"}
-
-
-def lines(module: str, *args: str, **environment: str) -> list[dict[str, object]]:
-    """Run a module in a process of its own and parse the JSON lines it prints."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-W", "ignore", "-m", module, *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 @pytest.mark.parametrize("cases", [FORMATS[::3], FORMATS[1::3], FORMATS[2::3], ["user"], ["shapes"], ["values"]])

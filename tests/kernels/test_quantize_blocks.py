@@ -77,12 +77,14 @@ def test_dense_bf16_is_theirs(fmt):
     """The dispatcher gives them what they were made for, and the rest to the generic kernel."""
     spec = ms.find_quantizer(fmt)
 
-    def chosen(shape, order="rows", dtype="bfloat16"):
+    def chosen(shape, order="rows", dtype="bfloat16", layout="strided"):
         operand = dispatch.Operand(shape, dtype, order=order)
-        problem = dispatch.Problem("quantize", (operand,), "cuda", (9, 0), spec)
+        problem = dispatch.Problem("quantize", (operand,), "cuda", (9, 0), spec, None, layout)
         return dispatch.explain_problem(problem).chosen
 
-    assert chosen((256, 1024)) == "triton.quantize_blocks"
+    octets = spec.format.element.width == 8
+    assert chosen((256, 1024)) == ("triton.quantize" if octets else "triton.quantize_blocks")
+    assert chosen((256, 1024), layout="swizzle_32_4_4") == "triton.quantize_blocks"
     down = quantize_blocks.down_fits(spec) and spec.format.element.width != 6
     assert chosen((256, 1024), "columns") == ("triton.quantize_columns" if down else "triton.quantize")
     for shape, order, dtype in (

@@ -14,7 +14,7 @@ import triton.language as tl
 from microscale.kernels.triton.jit_common import bits_of, float_of, power_of_two
 from microscale.kernels.triton.jit_encode import decode_magnitude
 from microscale.kernels.triton.jit_scale import normalized_exponent, scale_and_factor
-from microscale.kernels.triton.jit_words import amax_bits, encode_sixteen, high, low, random_words
+from microscale.kernels.triton.jit_words import amax_bits, encode_sixteen, high, low, random_words, sixteen_of
 
 
 @triton.jit
@@ -145,6 +145,10 @@ def quantize_run(
     by squared error, for E2M1; 0 for none.
     """
     scales, codes = (), ()
+    if ENCODER == 5:
+        table = sixteen_of(thresholds, 15)
+    else:
+        table = thresholds
     for b in tl.static_range(RUN // BLOCK):
         if len(bits) == 0:
             amax = amax_bits(words, b * BLOCK // 2, BLOCK // 2, PORTABLE)
@@ -168,7 +172,7 @@ def quantize_run(
             else:
                 random = ()
             codes = codes + encode_sixteen(
-                words, b * BLOCK // 2 + 8 * i, factor, amax < 0x7F800000, random, thresholds, code_of,
+                words, b * BLOCK // 2 + 8 * i, factor, amax < 0x7F800000, random, table, code_of,
                 ENCODER, PTX, CONSTRAINTS, STOCHASTIC, E_KIND, E_WIDTH, E_MANTISSA, E_LOWEST, E_MAX, E_MAX_CODE,
                 E_NAN_CODE, E_SIGNED, E_SYMMETRIC, E_LEVELS,
             )  # fmt: skip

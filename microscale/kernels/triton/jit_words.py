@@ -198,6 +198,27 @@ def _pack_codes(codes, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def sixteen_of(pointer, COUNT: tl.constexpr):
+    """COUNT numbers at a pointer, the same for all threads, as a tuple."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (tl.load(pointer + i),)
+    return found
+
+
+@triton.jit
+def _place(y, t):
+    """How many of the 15 rising thresholds t are <= y, by halving; 0 for NaN."""
+    p3 = y >= t[7]
+    p2 = y >= tl.where(p3, t[11], t[3])
+    p1 = y >= tl.where(p3, tl.where(p2, t[13], t[9]), tl.where(p2, t[5], t[1]))
+    upper = tl.where(p2, tl.where(p1, t[14], t[12]), tl.where(p1, t[10], t[8]))
+    lower = tl.where(p2, tl.where(p1, t[6], t[4]), tl.where(p1, t[2], t[0]))
+    p0 = y >= tl.where(p3, upper, lower)
+    return tl.where(p3, 8, 0) + tl.where(p2, 4, 0) + tl.where(p1, 2, 0) + tl.where(p0, 1, 0)
+
+
+@triton.jit
 def encode_sixteen(
     words, FIRST: tl.constexpr, factor, finite, random, thresholds, code_of,
     ENCODER: tl.constexpr, PTX: tl.constexpr, CONSTRAINTS: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -208,7 +229,7 @@ def encode_sixteen(
     """Packed codes of words FIRST .. FIRST + 8. `random`: four words of random bytes, or nothing.
 
     ENCODER: 0 portable; 1 PTX of (words, factor); 2 of (words, bf16 factor twice, keep); 3 of (words, factor, keep);
-    4 of (words, factor, keep, random). See `ptx.py`.
+    4 of (words, factor, keep, random), see `ptx.py`; 5 a codebook of 16 values in rising order, `thresholds` a tuple.
     """
     eight = ()
     for i in tl.static_range(8):
@@ -223,6 +244,12 @@ def encode_sixteen(
                 E_NAN_CODE, E_SIGNED, STOCHASTIC, True, E_SYMMETRIC, E_LEVELS,
             ),)  # fmt: skip
         return _pack_codes(codes, E_WIDTH)
+    elif ENCODER == 5:
+        codes = ()
+        for i in tl.static_range(16):
+            value = high(eight[i // 2]) if i % 2 else low(eight[i // 2])
+            codes = codes + (tl.where(finite, _place(value * factor, thresholds), 15),)
+        return _pack_codes(codes, 4)
     else:
         if ENCODER == 2:
             half = (bits_of(factor) >> 16) & 0xFFFF

@@ -19,6 +19,7 @@ from microscale.kernels.triton import amax as outer_scales
 from microscale.kernels.triton import constants, properties, ptx
 from microscale.kernels.triton.launch import launch
 from microscale.numerics import layout
+from microscale.spec.element import ElementSpec
 from microscale.spec.quantizer import HadamardSpec, QuantizerSpec
 
 MOST_RUN = 128  # elements that a thread owns in a row
@@ -65,6 +66,13 @@ def _tiles_fit(spec: QuantizerSpec) -> bool:
     return columns == spec.format.block == run_of(spec) and rows % 4 == 0 and rows <= 128 and rows & (rows - 1) == 0
 
 
+def _is_plain_octets(problem: Problem) -> bool:
+    """8-bit codes have no neighbours to be packed with: the generic kernel reaches the copy's speed there."""
+    spec = _spec(problem)
+    plain = spec.hadamard is None and spec.scale_tile is None and spec.rounding == "nearest_even"
+    return plain and spec.format.element.width == 8 and problem.layout == layout.STRIDED
+
+
 def down_fits(spec: QuantizerSpec) -> bool:
     """Return True if a thread can own two runs down columns, and their codes be stored together."""
     run = run_of(spec, 32)
@@ -94,6 +102,7 @@ ROWS = Requires(
     checks=(
         _ordered("rows"),
         *_COMMON,
+        ("leaves plain 8-bit codes with strided scales to triton.quantize", lambda p: not _is_plain_octets(p)),
         ("needs scale tiles one block wide and 4 to 128 rows high", lambda p: _tiles_fit(_spec(p))),
         (
             "needs rows of whole blocks, Hadamard groups and scale tiles",
@@ -135,6 +144,7 @@ class Encoder(NamedTuple):
 
 
 PORTABLE = Encoder(0, "", "")
+SORTED = Encoder(5, "", "")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -142,6 +152,8 @@ def encoder_of(spec: QuantizerSpec, capability: tuple[int, int] | None) -> Encod
     """Return the encoder for an architecture; None: the interpreter, which takes no PTX."""
     element, scale = spec.format.element, spec.format.scale
     e2m1 = properties.is_e2m1(element)
+    if _is_sorted(element) and spec.rounding == "nearest_even":
+        return SORTED
     if capability is None:
         return PORTABLE
     if spec.rounding == "stochastic":
@@ -157,6 +169,12 @@ def encoder_of(spec: QuantizerSpec, capability: tuple[int, int] | None) -> Encod
     if element.kind == "int" and element.width in (4, 8):
         return Encoder(1, *ptx.integers(element))
     return PORTABLE
+
+
+def _is_sorted(element: ElementSpec) -> bool:
+    """Return True for a codebook of 16 values in rising order, whose codes are places."""
+    values = element.table
+    return element.kind == "codebook" and len(values) == 16 and list(values) == sorted(set(values))
 
 
 def carry_of(spec: QuantizerSpec) -> int:

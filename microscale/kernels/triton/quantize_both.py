@@ -16,7 +16,7 @@ from microscale.spec.quantizer import QuantizerSpec
 
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 Result = tuple[torch.Tensor | None, ...]
-WORDS, GROUPS = 64, 4  # of a program: 128 columns, 4 runs down the rows
+WORDS = 64  # of a program: 128 columns
 
 
 def _specs(problem: Problem) -> tuple[QuantizerSpec, QuantizerSpec]:
@@ -57,16 +57,16 @@ def plan_of(
 ) -> blocks.Plan:  # fmt: skip
     """Return how `quantize_both` is launched; the same object for calls of one kind."""
     run, down = blocks.run_of(spec), _down(column_spec)
+    groups, shared = (8, 2) if spec.format.element.width == 8 else (4, 1)  # runs down the rows, words of a thread
     columns = blocks.axis_constants(column_spec, column_kind, capability, down)
     made = {
         **constants.quantizer_constants(spec), **blocks.axis_constants(spec, kind, capability, run),
         **{"T_" + name: value for name, value in columns.items()}, "CARRY": blocks.carry_of(spec),
-        "PIECES": blocks.pieces_of(spec), "WORDS": WORDS, "GROUPS": GROUPS, "SWIZZLE": swizzle,
+        "PIECES": blocks.pieces_of(spec), "WORDS": WORDS, "GROUPS": groups, "SWIZZLE": swizzle,
         "PORTABLE": blocks.is_portable(capability),
     }  # fmt: skip
     picked = constants.only(blocks.jit().quantize_both, made)
-    shared = 2 if spec.format.block == 16 or spec.format.element.width == 8 else 1  # words of a thread
-    return blocks.Plan(picked, WORDS * GROUPS // 32 // shared, down, WORDS * GROUPS, blocks.scale_dtype_of(spec))
+    return blocks.Plan(picked, WORDS * groups // 32 // shared, down, WORDS * groups, blocks.scale_dtype_of(spec))
 
 
 @kernel(
@@ -107,7 +107,7 @@ def quantize_both(
         t_qdata, t_scale, t_source, t_decode, t_seed, t_count, thresholds, code_of,
         rows, columns // 2,
     )  # fmt: skip
-    across, down = blocks.quotient(columns // 2, WORDS), blocks.quotient(rows // plan.run, GROUPS)
+    across, down = blocks.quotient(columns // 2, WORDS), blocks.quotient(rows // plan.run, plan.constants["GROUPS"])
     launch(blocks.jit().quantize_both, matrices * across * down, args, plan.constants, plan.warps)
     results = (None if outer is None else outer.result, None if column_outer is None else column_outer.result)
     return qdata, scale, results[0], t_qdata, t_scale, results[1]
