@@ -55,6 +55,16 @@ def _nearest_e2m1(a):
 
 
 @triton.jit
+def _over(a, divisor, inverse):
+    """a / divisor, rounded once, by Markstein's two multiply-adds; `inverse` is 1 / divisor, rounded.
+
+    For normal quotients. An error's square is zero, or does not feel the quotient, where this one is not.
+    """
+    quotient = a * inverse
+    return tl.fma(tl.fma(quotient, -divisor, a), inverse, quotient)
+
+
+@triton.jit
 def _squared_error(words, FIRST: tl.constexpr, COUNT: tl.constexpr, factor, one, three_halves):
     """The sum of squares of dequantized minus given, element after element, over a block of E2M1.
 
@@ -85,6 +95,7 @@ def _best_candidate(
     least = best_factor
     finite = bits < 0x7F800000
     amax = float_of(bits)
+    inverse = 1.0 / OUTER_TOP if HAS_OUTER else 1.0
     shared = tl.div_rn(amax, tl.full(amax.shape, E_MAX, tl.float32))
     if HAS_OUTER:
         shared = shared * encode
@@ -109,8 +120,7 @@ def _best_candidate(
         if HAS_OUTER:
             one, three_halves = value * outer_amax, (value * 1.5) * outer_amax
             most = most * outer_amax
-            one = tl.div_rn(one, tl.full(amax.shape, OUTER_TOP, tl.float32))
-            three_halves = tl.div_rn(three_halves, tl.full(amax.shape, OUTER_TOP, tl.float32))
+            one, three_halves = _over(one, OUTER_TOP, inverse), _over(three_halves, OUTER_TOP, inverse)
         error = _squared_error(words, FIRST, COUNT, factor, one, three_halves)
         error = tl.where(most == float("inf"), most, error)  # where the reference overflows before it divides
         if k == 0:

@@ -262,8 +262,9 @@ def scale_dtype_of(spec: QuantizerSpec) -> torch.dtype:
 def rows_plan(spec: QuantizerSpec, outer: Kind, swizzle: bool, large: bool, capability: tuple[int, int] | None) -> Plan:
     """Return how `quantize_runs` is launched for calls of one kind; the same object for the same kind."""
     run, pieces, tile = run_of(spec), pieces_of(spec), (spec.scale_tile or (1, 1))[0]
-    packs_many = run == 16 and tile == 1 and not spec.format.scale_rule.candidates
+    packs_many = run == 16 and tile == 1
     wide = 4 if packs_many and (large or outer.kind == outer_scales.FROM_PARTS) else 2 if pieces > 1 else 1
+    wide = min(wide, 2) if spec.format.scale_rule.candidates else wide  # registers
     threads = THREADS * wide
     tiled = swizzle and tile == 1
     tiles = 2 if tiled and packs_many and wide > 1 else 1
