@@ -134,6 +134,10 @@ def main(names: list[str]) -> None:
             suite.one_axis(spec, tall, "columns", scale_layout)
         suite.one_axis(spec, stack, "rows", layout.SWIZZLED)
         suite.one_axis(spec, stack, "columns", layout.STRIDED)
+        if fmt == "mxfp4":  # memory from elsewhere, between two words
+            odd = torch.empty(x.numel() + 1, dtype=torch.bfloat16, device=DEVICE)[1:].view(x.shape).copy_(x)
+            args = (odd, spec, None, None, None, layout.STRIDED)
+            suite.compare("unaligned", lambda a=args: quantize_blocks.quantize(*a), reference.quantize(*args))
         suite.both(spec, spec, tall, layout.SWIZZLED if next(turn) % 2 else layout.STRIDED)
         if spec.format.outer_scale is not None and spec.format.outer_scale.per == "tensor":
             suite.one_axis(spec, x, "rows", layout.STRIDED, amax=torch.tensor(3.0, device=DEVICE))

@@ -345,6 +345,7 @@ def quantize(
     scale_layout: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Quantize dense bf16 x [..., R, K] along its rows; arguments and results as `reference.quantize`."""
+    x = aligned(x)
     fmt, shape, swizzle = spec.format, x.shape, scale_layout == layout.SWIZZLED
     columns, rows = shape[-1], shape[-2] if len(shape) > 1 else 1
     count, capability = x.numel(), capability_of(x.device)
@@ -375,6 +376,11 @@ def quantize(
     return qdata, scale, None if outer is None else outer.result
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return x, or a copy where it does not start on a word: memory from elsewhere may lie anywhere."""
+    return x if x.data_ptr() % 4 == 0 else x.clone()
+
+
 def transformed(
     x: torch.Tensor, spec: QuantizerSpec, amax: torch.Tensor | None, outer_scale: torch.Tensor | None
 ) -> torch.Tensor:
@@ -396,7 +402,7 @@ def quantize_columns(
     scale_layout: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Quantize x [..., R, K] whose transpose is dense bf16; arguments and results as `reference.quantize`."""
-    fmt, swizzle, stored = spec.format, scale_layout == layout.SWIZZLED, x.mT
+    fmt, swizzle, stored = spec.format, scale_layout == layout.SWIZZLED, aligned(x.mT)
     rows, columns = stored.shape[-2:]  # of what lies in memory: blocks run down its rows
     outer = outer_scales.outer_of(transformed(x, spec, amax, outer_scale), fmt, amax, outer_scale)
     _, source, numbers, decode = (0, x, 0, x) if outer is None else outer[:4]

@@ -84,6 +84,7 @@ def quantize_both(
     scale_layout: str,
 ) -> Result:
     """Quantize dense bf16 x [..., R, K] along both axes; arguments and results as `reference.quantize_both`."""
+    x = blocks.aligned(x)
     fmt, swizzle = spec.format, scale_layout == layout.SWIZZLED
     *lead, rows, columns = x.shape
     matrices = x.numel() // (rows * columns)
