@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 import microscale as ms
 from microscale.kernels.triton import dequantize, jit_dequantize
 from microscale.numerics import layout
-from tests.kernels.processes import lines
+from tests.kernels.processes import architectures, lines
 
 FORMATS = ms.list_formats()
 RUNS, ROWS = jit_dequantize.dequantize_runs, jit_dequantize.dequantize_rows
@@ -90,7 +90,7 @@ BUDGET = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", architectures("triton.dequantize"))
 def test_dense_rows_compile_to_few_instructions(capability, tmp_path):
     """Stores of 16 bytes only, no shared and no local memory, and on sm_90 no more than 5 % above the budget."""
     rows = lines("tests.kernels.compiled_dequantize", str(capability), TRITON_CACHE_DIR=str(tmp_path))

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import microscale as ms
 from microscale import dispatch
 from microscale.ops.producers import problem
-from tests.kernels.processes import lines
+from tests.kernels.processes import architectures, lines
 
 FORMATS = ms.list_formats()
 FUSED = {"silu_mul_quantize", "rms_norm_quantize"}
@@ -70,7 +70,7 @@ def test_no_gpu_falls_to_the_reference():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100, 103, 120])
+@pytest.mark.parametrize("capability", architectures("triton.silu_mul_quantize"))
 def test_producers_compile(capability, tmp_path):
     """No local memory; no multiply-add, and no approximation, that is not written; on sm_90 within budget."""
     rows = lines("tests.kernels.compiled_producers", str(capability), TRITON_CACHE_DIR=str(tmp_path))
