@@ -1,6 +1,6 @@
 """Compile the kernels of `quantize_blocks` for one target: `python -m tests.kernels.compiled_blocks 90 [NAME ...]`.
 
-Prints one JSON line per kernel and case with what its code contains, as `tests.kernels.compiled`, without a GPU. NAME:
+Prints one JSON line per kernel and case with what its code contains, without a GPU. NAME:
 only these cases. One process and one cache folder per architecture.
 """
 

@@ -1,7 +1,7 @@
 """Compile the producers for one architecture without a GPU: `python -m tests.kernels.compiled_producers 90`.
 
 Prints one JSON line per kernel with what its code contains. One process and one cache folder per architecture, as for
-`tests.kernels.compiled`.
+`tests.kernels.compiled_blocks`.
 """
 
 import collections
