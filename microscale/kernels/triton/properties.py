@@ -7,9 +7,6 @@ import math
 import struct
 from typing import Any
 
-import torch
-
-from microscale.numerics import codec
 from microscale.spec.element import ElementSpec
 from microscale.spec.format import FormatSpec
 
@@ -81,24 +78,11 @@ def format_constants(fmt: FormatSpec) -> dict[str, Any]:
     }
 
 
-def quantize_constants(fmt: FormatSpec) -> dict[str, Any]:
-    """Return the constexpr arguments of the quantize kernel."""
-    return {k: v for k, v in format_constants(fmt).items() if k not in ("E_NAN", "E_TOP", "S_NAN", "S_TOP")}
-
-
 def dequantize_constants(fmt: FormatSpec) -> dict[str, Any]:
     """Return the constexpr arguments of the dequantize kernel."""
     unused = {"RULE", "OUTER_TOP", "E_EMAX", "E_PRECISION", "E_INVERSE", "S_KIND", "S_IS_E4M3"}
     unused |= {p + n for p in ("E_", "S_") for n in ("MAX", "MAX_CODE", "NAN_CODE")}
     return {k: v for k, v in format_constants(fmt).items() if k not in unused}
-
-
-def tables(element: ElementSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (thresholds FP32, code of each rank) of a codebook; for other elements two placeholders."""
-    if element.kind != "codebook":
-        empty = codec.decode_table(element, device)
-        return empty, empty
-    return codec.codebook_tables(element, device)
 
 
 @functools.cache
