@@ -22,7 +22,7 @@ from microscale import dispatch
 from microscale.errors import MicroscaleError
 from microscale.kernels.reference import groups as reference_groups
 from microscale.kernels.reference import quantize as reference
-from microscale.kernels.triton import groups, quantize_blocks, quantize_both
+from microscale.kernels.triton import blocks_fit, groups, quantize_blocks, quantize_both
 from microscale.numerics import layout
 from microscale.ops import library
 from microscale.ops.both import both_problem
@@ -98,7 +98,7 @@ class Suite:
     def one_axis(self, spec: ms.QuantizerSpec, x: torch.Tensor, kind: str, scale_layout: str, **given) -> None:
         """One call along rows or columns, where the kernel takes it."""
         arg = x if kind == "rows" else x.mT
-        wants = quantize_blocks.ROWS if kind == "rows" else quantize_blocks.COLUMNS
+        wants = blocks_fit.ROWS if kind == "rows" else blocks_fit.COLUMNS
         problem = library.quantize_problem(arg, spec, bool(given), scale_layout)
         if wants.refusal(dataclasses.replace(problem, device="cuda", capability=(9, 0))) is not None:
             return

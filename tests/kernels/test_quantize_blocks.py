@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 import microscale as ms
 from microscale import dispatch
-from microscale.kernels.triton import ptx, quantize_blocks
+from microscale.kernels.triton import blocks_fit, ptx
 from tests.kernels.processes import COVERAGE, architectures, lines
 
 FORMATS = ms.list_formats()
@@ -85,7 +85,7 @@ def test_dense_bf16_is_theirs(fmt):
     octets = spec.format.element.width == 8
     assert chosen((256, 1024)) == ("triton.quantize" if octets else "triton.quantize_blocks")
     assert chosen((256, 1024), layout="swizzle_32_4_4") == "triton.quantize_blocks"
-    down = quantize_blocks.down_fits(spec) and spec.format.element.width != 6
+    down = blocks_fit.down_fits(spec) and spec.format.element.width != 6
     assert chosen((256, 1024), "columns") == ("triton.quantize_columns" if down else "triton.quantize")
     for shape, order, dtype in (
         ((3, 100), "rows", "bfloat16"),

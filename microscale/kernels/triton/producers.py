@@ -18,7 +18,7 @@ import torch
 from microscale import dispatch
 from microscale.dispatch import Problem, Requires, kernel
 from microscale.kernels.triton import amax as outer_scales
-from microscale.kernels.triton import constants
+from microscale.kernels.triton import blocks_fit, constants
 from microscale.kernels.triton import quantize_blocks as blocks
 from microscale.kernels.triton.activations import WARPS, bits_of, lanes_of, rms_norm, silu_mul
 from microscale.kernels.triton.launch import launch
@@ -57,8 +57,8 @@ def _outer_is_one_launch_away(problem: Problem) -> bool:
 _CHECKS = (
     ("takes bf16", lambda p: p.operands[0].dtype == "bfloat16"),
     ("takes rows, not columns", lambda p: p.operands[0].order != "columns"),
-    ("needs blocks of 16 to 128 elements of 4, 6 or 8 bits", lambda p: blocks.fits(_spec(p))),
-    ("takes candidates by squared error for E2M1 only", lambda p: blocks.search_fits(_spec(p))),
+    ("needs blocks of 16 to 128 elements of 4, 6 or 8 bits", lambda p: blocks_fit.fits(_spec(p))),
+    ("takes candidates by squared error for E2M1 only", lambda p: blocks_fit.search_fits(_spec(p))),
     ("needs rows of whole blocks and of 32 elements", _whole_runs),
     ("takes no scale tile", lambda p: _spec(p).scale_tile is None),
     ("fuses no Hadamard transform", lambda p: _spec(p).hadamard is None),

@@ -8,7 +8,7 @@ import torch
 
 from microscale.dispatch import Operand, Problem, Requires, kernel, select
 from microscale.kernels.triton import amax as outer_scales
-from microscale.kernels.triton import constants
+from microscale.kernels.triton import blocks_fit, constants
 from microscale.kernels.triton import quantize_blocks as blocks
 from microscale.kernels.triton.launch import launch
 from microscale.numerics import layout
@@ -25,17 +25,17 @@ def _specs(problem: Problem) -> tuple[QuantizerSpec, QuantizerSpec]:
 
 
 def _down(spec: QuantizerSpec) -> int:
-    return blocks.run_of(spec, 32)
+    return blocks_fit.run_of(spec, 32)
 
 
 CHECKS = (
     ("needs a dense matrix that starts on 16 bytes", lambda p: p.operands[0].order == "rows"),
     ("needs one format for both axes", lambda p: _specs(p)[0].format == _specs(p)[1].format),
     ("needs blocks of 16 to 128 elements of 4 or 8 bits", lambda p: all(_fits(s) for s in _specs(p))),
-    ("needs Hadamard groups of at most 64 elements and 32 bytes down", lambda p: blocks.down_fits(_specs(p)[1])),
+    ("needs Hadamard groups of at most 64 elements and 32 bytes down", lambda p: blocks_fit.down_fits(_specs(p)[1])),
     (
         "needs whole blocks and Hadamard groups along both axes, and 128 elements or fewer across",
-        lambda p: blocks.whole(p.operands[0], _down(_specs(p)[1]), blocks.run_of(_specs(p)[0])),
+        lambda p: blocks_fit.whole(p.operands[0], _down(_specs(p)[1]), blocks_fit.run_of(_specs(p)[0])),
     ),
     ("needs 2**31 elements at most", lambda p: _count(p.operands[0]) < 2**31),
 )
@@ -43,7 +43,7 @@ CHECKS = (
 
 def _fits(spec: QuantizerSpec) -> bool:
     width = spec.format.element.width
-    return blocks.fits(spec) and blocks.search_fits(spec) and width in (4, 8) and spec.scale_tile is None
+    return blocks_fit.fits(spec) and blocks_fit.search_fits(spec) and width in (4, 8) and spec.scale_tile is None
 
 
 def _count(operand: Operand) -> int:
@@ -56,7 +56,7 @@ def plan_of(
     capability: tuple[int, int] | None,
 ) -> blocks.Plan:  # fmt: skip
     """Return how `quantize_both` is launched; the same object for calls of one kind."""
-    run, down = blocks.run_of(spec), _down(column_spec)
+    run, down = blocks_fit.run_of(spec), _down(column_spec)
     groups, shared = (8, 2) if spec.format.element.width == 8 else (4, 1)  # runs down the rows, words of a thread
     columns = blocks.axis_constants(column_spec, column_kind, capability, down)
     made = {
