@@ -138,6 +138,8 @@ def main(names: list[str]) -> None:
             odd = torch.empty(x.numel() + 1, dtype=torch.bfloat16, device=DEVICE)[1:].view(x.shape).copy_(x)
             args = (odd, spec, None, None, None, layout.STRIDED)
             suite.compare("unaligned", lambda a=args: quantize_blocks.quantize(*a), reference.quantize(*args))
+        if fmt == "nvfp4":  # a run of as many blocks along rows as the pair's tile can hold
+            suite.both(ms.find_quantizer(fmt, hadamard=64), spec, x, layout.STRIDED)
         suite.both(spec, spec, tall, layout.SWIZZLED if next(turn) % 2 else layout.STRIDED)
         if spec.format.outer_scale is not None and spec.format.outer_scale.per == "tensor":
             suite.one_axis(spec, x, "rows", layout.STRIDED, amax=torch.tensor(3.0, device=DEVICE))

@@ -57,13 +57,16 @@ def test_compiled_and_explained(device):
 
 
 def test_one_read_on_a_gpu_and_two_where_formats_differ():
-    def chosen(other):
-        spec = ms.find_quantizer("nvfp4")
+    def chosen(other, **changes):
+        spec = ms.find_quantizer("nvfp4", **changes)
         operand = dispatch.Operand((256, 1024), "bfloat16")
         problem = dispatch.Problem("quantize_both", (operand,), "cuda", (9, 0), spec, second=ms.find_quantizer(other))
         return dispatch.explain_problem(problem).chosen
 
     assert chosen("nvfp4") == "triton.quantize_both" and chosen("mxfp8") == "triton.quantize_twice"
+    # Groups too long for the threads of a tile: it would leave rows out.
+    assert chosen("nvfp4", hadamard=64) == "triton.quantize_both"
+    assert chosen("nvfp4", hadamard=128) == "triton.quantize_twice"
 
 
 def test_errors(device):

@@ -318,6 +318,7 @@ def quantize_both(
     OWNED: tl.constexpr = RUN // PIECES
     OUT: tl.constexpr = OWNED * E_WIDTH // 32
     row_runs = 2 * row_words // RUN
+    tl.static_assert(T_RUN * GROUPS * RUNS * PIECES % T == 0)  # every row of the tile has its thread
     for i in tl.static_range(T_RUN * GROUPS * RUNS * PIECES // T):
         lane = (i * T + tl.arange(0, T)) // PIECES
         piece = tl.arange(0, T) % PIECES

@@ -34,8 +34,12 @@ CHECKS = (
     ("needs blocks of 16 to 128 elements of 4 or 8 bits", lambda p: all(_fits(s) for s in _specs(p))),
     ("needs Hadamard groups of at most 64 elements and 32 bytes down", lambda p: blocks_fit.down_fits(_specs(p)[1])),
     (
-        "needs whole blocks and Hadamard groups along both axes, and 128 elements or fewer across",
+        "needs whole blocks and Hadamard groups along both axes",
         lambda p: blocks_fit.whole(p.operands[0], _down(_specs(p)[1]), blocks_fit.run_of(_specs(p)[0])),
+    ),
+    (  # else a tile has fewer runs along its rows than threads, and the kernel would leave rows out
+        "needs Hadamard groups along rows of at most twice what a thread owns down",
+        lambda p: blocks_fit.run_of(_specs(p)[0]) <= 2 * _down(_specs(p)[1]),
     ),
     ("needs 2**31 elements at most", lambda p: _count(p.operands[0]) < 2**31),
 )
