@@ -95,6 +95,19 @@ def test_dense_bf16_is_theirs(fmt):
         assert chosen(shape, order, dtype) == "triton.quantize"
 
 
+def test_problems_of_one_shape_class_are_treated_alike():
+    """Selections are cached by class: a requirement must not tell 1.1 from 2.4 thousand million elements within one."""
+    spec = ms.find_quantizer("mxfp4")
+    problems = [
+        dispatch.Problem("quantize", (dispatch.Operand(shape, "bfloat16"),), "cuda", (9, 0), spec)
+        for shape in ((32 * 1025, 32 * 1025), (32 * 1255, 32 * 1875))
+    ]
+    assert problems[0].key() == problems[1].key()
+    assert [dispatch.explain_problem(p).chosen for p in problems] == ["triton.quantize"] * 2
+    whole = dispatch.Problem("quantize", (dispatch.Operand((2**15, 2**15), "bfloat16"),), "cuda", (9, 0), spec)
+    assert dispatch.explain_problem(whole).chosen == "triton.quantize_blocks"
+
+
 def test_which_elements_have_lines():
     """The encoder by lines takes the elements for which it is exact, and no others."""
     good = {"e2m1", "e2m3", "e3m2", "int4", "mxint4"}

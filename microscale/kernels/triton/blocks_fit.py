@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from microscale.dispatch import Operand, Problem, Requires
@@ -73,10 +72,16 @@ def _ordered(order: str) -> tuple[str, Callable[[Problem], bool]]:
     return text, lambda p: p.operands[0].order == order
 
 
+def _is_small(problem: Problem) -> bool:
+    """True if 32-bit places suffice; of sizes rounded up, because selections are cached by shape class."""
+    return sum((n - 1).bit_length() for n in problem.operands[0].shape if n) < 31
+
+
+SMALL = ("needs fewer than 2**31 elements, each size rounded up to a power of two", _is_small)
 _COMMON = (
     ("needs blocks of 16 to 128 elements of 4, 6 or 8 bits", lambda p: fits(_spec(p))),
     ("searches candidates by squared error, for E2M1", lambda p: search_fits(_spec(p))),
-    ("needs 2**31 elements at most", lambda p: math.prod(p.operands[0].shape) < 2**31),
+    SMALL,
 )
 ROWS = Requires(
     devices=("cuda",),

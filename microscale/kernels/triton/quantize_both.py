@@ -41,17 +41,13 @@ CHECKS = (
         "needs Hadamard groups along rows of at most twice what a thread owns down",
         lambda p: blocks_fit.run_of(_specs(p)[0]) <= 2 * _down(_specs(p)[1]),
     ),
-    ("needs 2**31 elements at most", lambda p: _count(p.operands[0]) < 2**31),
+    blocks_fit.SMALL,
 )
 
 
 def _fits(spec: QuantizerSpec) -> bool:
     width = spec.format.element.width
     return blocks_fit.fits(spec) and blocks_fit.search_fits(spec) and width in (4, 8) and spec.scale_tile is None
-
-
-def _count(operand: Operand) -> int:
-    return functools.reduce(lambda n, size: n * size, operand.shape, 1)
 
 
 @functools.lru_cache(maxsize=1024)
