@@ -68,7 +68,12 @@ def test_kernels_compile_with_the_instructions_meant_for_them(capability, tmp_pa
 
 def test_the_table_of_kernels_is_complete():
     """Every Triton kernel has its line, those that only put others together apart."""
-    composed = {"triton.quantize_twice", "triton.silu_mul_then_quantize", "triton.rms_norm_then_quantize"}
+    composed = {
+        "triton.quantize_turned",
+        "triton.quantize_twice",
+        "triton.silu_mul_then_quantize",
+        "triton.rms_norm_then_quantize",
+    }
     assert set(COVERAGE) == {k.name for k in dispatch.kernels() if k.backend == "triton"} - composed
 
 
@@ -82,11 +87,12 @@ def test_dense_bf16_is_theirs(fmt):
         problem = dispatch.Problem("quantize", (operand,), "cuda", (9, 0), spec, None, layout)
         return dispatch.explain_problem(problem).chosen
 
-    octets = spec.format.element.width == 8
+    octets = spec.format.element.width == 8 and spec.format.element.kind == "float"
     assert chosen((256, 1024)) == ("triton.quantize" if octets else "triton.quantize_blocks")
     assert chosen((256, 1024), layout="swizzle_32_4_4") == "triton.quantize_blocks"
     down = blocks_fit.down_fits(spec) and spec.format.element.width != 6
-    assert chosen((256, 1024), "columns") == ("triton.quantize_columns" if down else "triton.quantize")
+    turned = "triton.quantize_turned" if spec.format.element.width == 6 else "triton.quantize"
+    assert chosen((256, 1024), "columns") == ("triton.quantize_columns" if down else turned)
     for shape, order, dtype in (
         ((3, 100), "rows", "bfloat16"),
         ((256, 1024), "rows", "float32"),

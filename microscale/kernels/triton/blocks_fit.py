@@ -49,10 +49,11 @@ def _tiles_fit(spec: QuantizerSpec) -> bool:
 
 
 def _is_plain_octets(problem: Problem) -> bool:
-    """8-bit codes have no neighbours to be packed with: the generic kernel reaches the copy's speed there."""
+    """8-bit floats have no neighbours to be packed with: the generic kernel reaches the copy's speed there."""
     spec = _spec(problem)
     plain = spec.hadamard is None and spec.scale_tile is None and spec.rounding == "nearest_even"
-    return plain and spec.format.element.width == 8 and problem.layout == layout.STRIDED
+    element = spec.format.element
+    return plain and element.width == 8 and element.kind == "float" and problem.layout == layout.STRIDED
 
 
 def down_fits(spec: QuantizerSpec) -> bool:
@@ -83,23 +84,28 @@ _COMMON = (
     ("searches candidates by squared error, for E2M1", lambda p: search_fits(_spec(p))),
     SMALL,
 )
-ROWS = Requires(
+_ROW_CHECKS = (
+    *_COMMON,
+    ("leaves plain 8-bit floats with strided scales to triton.quantize", lambda p: not _is_plain_octets(p)),
+    ("needs scale tiles one block wide and 4 to 128 rows high", lambda p: _tiles_fit(_spec(p))),
+    (
+        "needs rows of whole blocks, Hadamard groups and scale tiles",
+        lambda p: whole(p.operands[0], (_spec(p).scale_tile or (1, 1))[0], run_of(_spec(p))),
+    ),
+    (
+        "needs Hadamard groups of 4 blocks at most with swizzled scales",
+        lambda p: p.layout == layout.STRIDED or run_of(_spec(p)) <= 4 * _spec(p).format.block,
+    ),
+)
+ROWS = Requires(devices=("cuda",), packages=("triton",), dtypes=("bfloat16",), checks=(_ordered("rows"), *_ROW_CHECKS))
+TURNED = Requires(
     devices=("cuda",),
     packages=("triton",),
     dtypes=("bfloat16",),
     checks=(
-        _ordered("rows"),
-        *_COMMON,
-        ("leaves plain 8-bit codes with strided scales to triton.quantize", lambda p: not _is_plain_octets(p)),
-        ("needs scale tiles one block wide and 4 to 128 rows high", lambda p: _tiles_fit(_spec(p))),
-        (
-            "needs rows of whole blocks, Hadamard groups and scale tiles",
-            lambda p: whole(p.operands[0], (_spec(p).scale_tile or (1, 1))[0], run_of(_spec(p))),
-        ),
-        (
-            "needs Hadamard groups of 4 blocks at most with swizzled scales",
-            lambda p: p.layout == layout.STRIDED or run_of(_spec(p)) <= 4 * _spec(p).format.block,
-        ),
+        _ordered("columns"),
+        ("takes 6-bit elements, which triton.quantize_columns does not", lambda p: _spec(p).format.element.width == 6),
+        *_ROW_CHECKS,
     ),
 )
 COLUMNS = Requires(

@@ -16,7 +16,7 @@ import torch
 from microscale.dispatch import kernel
 from microscale.kernels.triton import amax as outer_scales
 from microscale.kernels.triton import constants, properties, ptx
-from microscale.kernels.triton.blocks_fit import COLUMNS, ROWS, run_of
+from microscale.kernels.triton.blocks_fit import COLUMNS, ROWS, TURNED, run_of
 from microscale.kernels.triton.launch import launch
 from microscale.numerics import layout
 from microscale.spec.element import ElementSpec
@@ -311,3 +311,16 @@ def quantize_columns(
     across, down = quotient(columns // 2, known["WORDS"]), quotient(rows // plan.run, known["GROUPS"])
     launch(jit().quantize_columns, x.numel() // (rows * columns) * across * down, args, known, plan.warps)
     return qdata, scale, None if outer is None else outer.result
+
+
+@kernel("quantize", "triton.quantize_turned", priority=20, requires=TURNED, bound="bit-equal; copies x")
+def quantize_turned(
+    x: torch.Tensor,
+    spec: QuantizerSpec,
+    amax: torch.Tensor | None,
+    outer_scale: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scale_layout: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Quantize x [..., R, K] whose transpose is dense, by way of a dense copy; as `reference.quantize`."""
+    return quantize(x.contiguous(), spec, amax, outer_scale, seed, scale_layout)
