@@ -8,6 +8,7 @@ dimensions moved there):
   scale        [..., R, ceil(K/block)] (layout strided) or one swizzle_32_4_4 blob per matrix [..., n]; uint8 codes, or
                float32/bfloat16 for a scale dtype of that width
   outer_scale  float32, shape () or one dimension per logical dimension, broadcastable to the scales; None counts as 1
+Layout `fragments` (`microscale.prepare`) is that of a matrix whose qdata and scale keep their shapes, not their order.
 
 The subclass law: `op(q).dequantize()` equals `op(q.dequantize())`, or the op raises and names the way out. The ops it
 takes are a closed list (`microscale.ops.aten`); nothing dequantizes on its own.
@@ -17,12 +18,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from microscale.errors import InputError
-from microscale.numerics import codec, layout, packing
+from microscale.numerics import codec, fragments, layout, packing
 from microscale.spec.format import FormatSpec
 
 _make = torch.Tensor._make_wrapper_subclass
@@ -90,7 +92,7 @@ class BlockScaledTensor(torch.Tensor):
 
     @property
     def scale_layout(self) -> str:
-        """`strided` or `swizzle_32_4_4`."""
+        """`strided`, `swizzle_32_4_4`, or `fragments` of a prepared weight."""
         return self.meta.layout
 
     @property
@@ -104,7 +106,8 @@ class BlockScaledTensor(torch.Tensor):
     def codes(self) -> torch.Tensor:
         """Return the element codes, unpacked: uint8, the logical shape (ints are two's complement in the low bits)."""
         axis = self.meta.axis
-        rows = self.qdata.movedim(axis, -1)
+        rows = self.to_layout(layout.STRIDED).qdata if self.meta.layout == layout.FRAGMENTS else self.qdata
+        rows = rows.movedim(axis, -1)
         return packing.unpack(rows, self.format.element.width, self.shape[axis]).movedim(-1, axis)
 
     def scales(self) -> torch.Tensor:
@@ -118,6 +121,10 @@ class BlockScaledTensor(torch.Tensor):
         """Return the stored scales in layout `strided`, unswizzled if they are blobs."""
         if self.meta.layout == layout.STRIDED:
             return self.scale
+        if self.meta.layout == layout.FRAGMENTS:
+            return fragments.scale_from_fragments(self.scale.movedim(self.meta.axis, -1), self.format.block).movedim(
+                -1, self.meta.axis
+            )
         axis = self.meta.axis
         rows = list(self.shape)
         size = rows.pop(axis)
@@ -134,16 +141,39 @@ class BlockScaledTensor(torch.Tensor):
     # -- other forms of the same values --
 
     def to_layout(self, scale_layout: str) -> BlockScaledTensor:
-        """Return the same values with scales in layout `strided` or `swizzle_32_4_4`. Raises InputError for another."""
-        if scale_layout not in layout.LAYOUTS:
-            raise InputError(f"unknown scale layout {scale_layout!r}", f"use {' or '.join(layout.LAYOUTS)}")
+        """Return the same values with scales in layout `strided` or `swizzle_32_4_4`, or a matrix as `fragments`.
+
+        Raises InputError for another layout, or for what has no fragments; `microscale.prepare` also asks whether
+        they can be used.
+        """
+        known = (*layout.LAYOUTS, layout.FRAGMENTS)
+        if scale_layout not in known:
+            raise InputError(f"unknown scale layout {scale_layout!r}", f"use {' or '.join(known)}")
         if scale_layout == self.meta.layout:
             return self
+        if self.meta.layout == layout.FRAGMENTS:
+            return self._reordered(fragments.restore, layout.STRIDED).to_layout(scale_layout)
         scale = self.strided_scale()
+        if scale_layout == layout.FRAGMENTS:
+            size = self.shape[self.meta.axis]
+            if self.dim() != 2 or not fragments.fits(self.format, self.numel() // max(1, size), size):
+                raise InputError(
+                    f"{self!r} has no layout fragments",
+                    "it takes a matrix whose sizes are multiples of 64, in 4, 6 or 8 bits with blocks of 16 or 32",
+                )
+            plain = self.replace(scale=scale, meta=dataclasses.replace(self.meta, layout=layout.STRIDED))
+            return plain._reordered(fragments.order, layout.FRAGMENTS)
         if scale_layout == layout.SWIZZLED:
             rows = scale.movedim(self.meta.axis, -1)
             scale = layout.swizzle(rows if rows.dim() > 1 else rows[None])
         return self.replace(scale=scale, meta=dataclasses.replace(self.meta, layout=scale_layout))
+
+    def _reordered(self, how: Callable[..., tuple[torch.Tensor, torch.Tensor]], scale_layout: str) -> BlockScaledTensor:
+        """Return the matrix with qdata and scale as `how` orders them, which takes the blocked dimension last."""
+        axis = self.meta.axis
+        rows = (self.qdata.movedim(axis, -1), self.scale.movedim(axis, -1), self.format, self.shape[axis])
+        qdata, scale = (t.movedim(-1, axis) for t in how(*rows))
+        return self.replace(qdata=qdata, scale=scale, meta=dataclasses.replace(self.meta, layout=scale_layout))
 
     def as_dtype(self, dtype: torch.dtype) -> BlockScaledTensor:
         """Return the same bytes with another dtype for `dequantize()`.

@@ -53,7 +53,8 @@ class NativeDialect(Dialect):
 
     def flatten(self, name: str, q: BlockScaledTensor) -> dict[str, tuple[str, torch.Tensor]]:
         """Return qdata, scale in layout strided, outer_scale if there is one, and the placeholder."""
-        parts = {"qdata": q.qdata, "scale": q.strided_scale()}
+        q = q.to_layout(layout.STRIDED)
+        parts = {"qdata": q.qdata, "scale": q.scale}
         if q.outer_scale is not None:
             parts["outer_scale"] = q.outer_scale
         made = {part: (f"{name}.{part}", tensor) for part, tensor in parts.items()}

@@ -10,6 +10,7 @@ import torch
 
 TILE_ROWS, TILE_COLUMNS = 128, 4
 STRIDED, SWIZZLED = "strided", "swizzle_32_4_4"
+FRAGMENTS = "fragments"  # what `microscale.prepare` makes of a weight; see `numerics/fragments.py`
 LAYOUTS = (STRIDED, SWIZZLED)
 
 

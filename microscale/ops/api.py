@@ -258,7 +258,7 @@ def _dequantize(q: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     qdata, scale, outer = q.qdata, q.scale, q.outer_scale
     if axis != -1:
         qdata = qdata.movedim(axis, -1)
-        scale = scale.movedim(axis, -1) if scale_layout == layout.STRIDED else scale
+        scale = scale.movedim(axis, -1) if scale_layout != layout.SWIZZLED else scale
         outer = outer.movedim(axis, -1) if outer is not None and outer.dim() else outer
     columns = q.shape[axis]
     if library.is_direct(qdata, scale, outer):
@@ -315,15 +315,15 @@ def _dequantize_problem(q: BlockScaledTensor, dtype: torch.dtype | None = None) 
 def _matmul_problem(
     op: str, x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype | None = None
 ) -> dispatch.Problem:
-    rows = tuple(_dispatch_operand(t) for t in (x, w.transpose(-1, -2)))
+    rows = tuple(_dispatch_operand(t, k) for t, k in ((x, -1), (w.transpose(-1, -2), -2)))
     dtype = library.dtype_name(x.dtype if out_dtype is None else out_dtype)
     return dispatch.Problem(op, rows, x.device.type, library.capability(x.device), None, dtype)
 
 
-def _dispatch_operand(t: torch.Tensor) -> dispatch.Operand:
+def _dispatch_operand(t: torch.Tensor, contraction: int) -> dispatch.Operand:
     if not isinstance(t, BlockScaledTensor):
         return dispatch.Operand(tuple(t.shape), library.dtype_name(t.dtype))
-    outer = None if t.outer_scale is None else "scalar" if t.outer_scale.numel() == 1 else "vector"
+    outer = library.outer_kind(t.outer_scale, t.block_axis, contraction)
     return dispatch.Operand(tuple(t.shape), "uint8", t.format, t.block_axis, t.scale_layout, outer)
 
 

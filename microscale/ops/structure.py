@@ -67,7 +67,9 @@ def permute(q: BlockScaledTensor, dims: Sequence[int]) -> BlockScaledTensor:
         outer = q.outer_scale.permute(order) if q.outer_scale is not None and q.outer_scale.dim() else q.outer_scale
         meta = dataclasses.replace(q.meta, axis=new_axis - len(shape))
         return q.replace(qdata=q.qdata.permute(order), outer_scale=outer, meta=meta, shape=tuple(shape))
-    return apply(strided(q), lambda t: t.permute(order), shape, new_axis)
+    if q.scale_layout != layout.FRAGMENTS or order not in ([0, 1], [1, 0]):  # which keep their order, only turned
+        q = strided(q)
+    return apply(q, lambda t: t.permute(order), shape, new_axis)
 
 
 def transpose(q: BlockScaledTensor, first: int, second: int) -> BlockScaledTensor:

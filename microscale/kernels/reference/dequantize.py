@@ -6,7 +6,7 @@ import torch
 
 from microscale.dispatch import Requires, kernel
 from microscale.kernels.reference.quantize import CHUNK
-from microscale.numerics import codec, layout, packing
+from microscale.numerics import codec, fragments, layout, packing
 from microscale.spec.format import FormatSpec
 
 
@@ -27,6 +27,8 @@ def dequantize(
     blocks, shape = -(-columns // fmt.block), qdata.shape[:-1]
     if scale_layout == layout.SWIZZLED:
         scale = layout.unswizzle(scale, shape[-1] if shape else 1, blocks).reshape(*shape, blocks)
+    elif scale_layout == layout.FRAGMENTS:
+        qdata, scale = fragments.restore(qdata, scale, fmt, columns)
     out = torch.empty((*shape, columns), dtype=out_dtype, device=qdata.device)
     if not out.numel():
         return out

@@ -35,7 +35,7 @@ class Parts:
         if outer is not None and outer.dim():
             outer = outer.movedim(self.axis, -1)
         # Swizzled scales are blobs of the [rows, blocks] matrix already; there is no axis to move.
-        scale = self.scale.movedim(self.axis, -1) if self.layout == "strided" else self.scale
+        scale = self.scale.movedim(self.axis, -1) if self.layout != "swizzle_32_4_4" else self.scale
         qdata = self.qdata.movedim(self.axis, -1)
         values = dequantize(qdata, scale, outer, self.format, self.size, self.layout, dtype)
         return values.movedim(-1, self.axis)
@@ -55,7 +55,11 @@ def _factor(operand: Operand, contraction: int) -> tuple[torch.Tensor, torch.Ten
 
 @contextlib.contextmanager
 def _ieee_fp32(device: torch.device) -> Iterator[None]:
-    """Keep TF32 and reduced-precision modes, which a user may have switched on globally, out of the oracle."""
+    """Keep TF32, reduced-precision modes and autocast, which a user may have switched on, out of the oracle."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False), _ieee_fp32(device):
+            yield
+        return
     if device.type != "cuda":
         yield
         return

@@ -39,6 +39,7 @@ IDLE = 1.25  # threads for each that is needed, so that programs lie in one row
     requires=Requires(
         devices=("cuda",),
         packages=("triton",),
+        layouts=layout.LAYOUTS,
         checks=(("needs an E8M0-like or FP32 scale, or subnormals", lambda p: _fits(p.operands[0].format)),),
     ),
 )

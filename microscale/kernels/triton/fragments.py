@@ -1,0 +1,198 @@
+"""Decode GEMM: up to 64 rows of bfloat16 times a weight in layout `fragments`, on sm_80 and later.
+
+Bound by the bytes of the weight, so built around reading them: every lane loads 16 bytes (its neighbours the next) a
+step ahead, decodes them in its registers (`ptx_decode.py`; under 2.5 instructions per weight of 4 bits, all told) and
+feeds them to `mma.m16n8k16` as the A operand: nothing of the weight crosses shared memory. The rows of x are the N
+side, 8 at a time, so that one token wastes nothing that matters. K is split among the warps of a program, which add up
+in shared memory, and, where programs are too few, among programs, whose FP32 sums a second kernel adds: always in one
+order, so that results repeat bit for bit.
+
+Error: decoded operands are exact; FP32 accumulation, outer scale and bias in FP32, one rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from microscale.dispatch import Operand, Problem, Requires, kernel
+from microscale.kernels.reference.matmul import Operand as KernelOperand
+from microscale.kernels.reference.matmul import Parts
+from microscale.kernels.triton import fragment_tuning, ptx_decode
+from microscale.kernels.triton.fragment_tuning import Tuning
+from microscale.kernels.triton.launch import launch
+from microscale.numerics import layout
+from microscale.numerics.fragments import DEPTH, ROWS
+from microscale.spec.format import FormatSpec
+
+MOST_ROWS = 64  # of x; above, tensor cores are what counts
+
+
+class Plan(NamedTuple):
+    """The constants of `matmul_fragments`, and how it is launched."""
+
+    constants: dict[str, Any]
+    warps: int
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_of(fmt: FormatSpec, tuning: Tuning, rows_of_8: int, outer: int, bias: bool) -> Plan:
+    """Return the plan for a format; `outer`: 0 none, 1 a number, 2 one per column of the result."""
+    held = 4 if fmt.element.width == 6 else 2
+    low, high = ptx_decode.decoder(fmt, 0), ptx_decode.decoder(fmt, 2 if held == 2 else 0)
+    mma, mma_in = ptx_decode.mma()
+    constants = {
+        "UNITS": tuning.units, "HELD": held, "WIDTH": fmt.element.width, "BLOCK": fmt.block, "NT": rows_of_8,
+        "WN": tuning.across, "WK": tuning.along, "OUTER": outer, "BIAS": bias,
+        "DROP": float(2**low.drop), "DECODE": low.assembly, "DECODE_NEXT": high.assembly,
+        "DECODE_IN": low.constraints, "MMA": mma, "MMA_IN": mma_in,
+    }  # fmt: skip
+    return Plan(constants, tuning.across * tuning.along)
+
+
+@functools.lru_cache(maxsize=64)
+def _sum_constants(splits: int, outer: int, bias: bool) -> dict[str, Any]:
+    return {"SPLITS": splits, "OUTER": outer, "BIAS": bias, "SIZE": 1024 if splits < 8 else 512}
+
+
+def _rows(operand: Operand) -> int:
+    """Rows of x, rounded up to a power of two as selections are cached."""
+    count = 1
+    for n in operand.shape[:-1]:
+        count *= 1 << max(0, n - 1).bit_length() if n else 0
+    return count
+
+
+def _is_weight(problem: Problem) -> bool:
+    weight = problem.operands[1]
+    return weight.layout == layout.FRAGMENTS and weight.axis == -2 and len(weight.shape) == 2
+
+
+REQUIRES = Requires(
+    devices=("cuda",),
+    min_capability=(8, 0),
+    packages=("triton",),
+    dtypes=("bfloat16",),
+    checks=(
+        ("needs a plain left operand", lambda p: p.operands[0].format is None),
+        ("needs a weight that microscale.prepare made", _is_weight),
+        (f"is for at most {MOST_ROWS} rows of activations", lambda p: 0 < _rows(p.operands[0]) <= MOST_ROWS),
+        ("needs outer scales that are constant along K", lambda p: p.operands[1].outer in (None, "scalar", "vector")),
+        ("adds a bias of one number per column", lambda p: p.bias is None or len(p.bias.shape) == 1),
+    ),
+)  # fmt: skip
+
+
+@kernel(
+    "matmul",
+    "triton.matmul_fragments",
+    priority=50,
+    requires=REQUIRES,
+    bound="FP32 accumulation over exact operands, one rounding; repeats bit for bit",
+)
+def matmul(a: KernelOperand, b: KernelOperand, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+    """Return a [..., M, K] @ b [K, N] + bias; arguments and result as `reference.matmul`."""
+    assert isinstance(a, torch.Tensor) and isinstance(b, Parts)
+    columns = b.qdata.shape[-1]
+    *lead, depth = a.shape
+    x = a.reshape(-1, depth)
+    x = x.contiguous()
+    x = x.clone() if x.data_ptr() % 16 else x
+    rows = x.shape[0]
+    eights = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 else 8
+    tuning = fragment_tuning.find(b.format, eights, columns, depth, x.device)
+    return run(x, b, bias, out_dtype, eights, tuning).reshape(*lead, columns)
+
+
+def run(
+    x: torch.Tensor, b: Parts, bias: torch.Tensor | None, out_dtype: torch.dtype, eights: int, tuning: Tuning
+) -> torch.Tensor:
+    """Return x [M, K] @ b [K, N] + bias for dense x of at most 8 * eights rows, cut as `tuning` says."""
+    from microscale.kernels.triton import jit_fragments, jit_splits
+
+    (rows, depth), columns = x.shape, b.qdata.shape[-1]
+    words = b.qdata.mT.view(torch.int32)
+    scales = b.scale.mT.view(torch.int32)
+    outer, outer_kind = _outer(b.outer_scale, columns, x)
+    bias = None if bias is None else bias.expand(columns).contiguous()
+    steps = depth // DEPTH
+    each = -(-steps // tuning.splits)
+    splits = -(-steps // each)
+    out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
+    across = -(-columns // (16 * tuning.units * tuning.across))
+    pairs = x.view(torch.int32)
+    if splits == 1:
+        plan = plan_of(b.format, tuning, eights, outer_kind, bias is not None)
+        args = (pairs, words, scales, outer, x if bias is None else bias, out, rows, columns, depth, each, 1)
+        launch(jit_fragments.matmul_fragments, across, args, plan.constants, plan.warps)
+        return out
+    plan = plan_of(b.format, tuning, eights, 0, False)
+    parts = torch.empty(splits, rows, columns, dtype=torch.float32, device=x.device)
+    args = (pairs, words, scales, x, x, parts, rows, columns, depth, each, splits)
+    launch(jit_fragments.matmul_fragments, across * splits, args, plan.constants, plan.warps)
+    constants = _sum_constants(splits, outer_kind, bias is not None)
+    total = rows * columns
+    sum_args = (parts, outer, x if bias is None else bias, out, columns, total)
+    launch(jit_splits.add_splits, -(-total // constants["SIZE"]), sum_args, constants, 4)
+    return out
+
+
+def _outer(scale: torch.Tensor | None, columns: int, other: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return what the kernel multiplies by, and whether it is nothing (0, and `other`), a number or one per column."""
+    if scale is None:
+        return other, 0
+    return (scale, 1) if scale.numel() == 1 else (scale.reshape(-1).expand(columns).contiguous(), 2)
+
+
+_DEQUANTIZE_WARPS = 4
+
+
+@functools.lru_cache(maxsize=64)
+def _dequantize_constants(fmt: FormatSpec) -> dict[str, Any]:
+    held = 4 if fmt.element.width == 6 else 2
+    low, high = (ptx_decode.decoder(fmt, first, True) for first in (0, 2 if held == 2 else 0))
+    return {
+        "HELD": held, "WIDTH": fmt.element.width, "BLOCK": fmt.block, "WARPS": _DEQUANTIZE_WARPS,
+        "DECODE": low.assembly, "DECODE_NEXT": high.assembly, "DECODE_IN": low.constraints,
+    }  # fmt: skip
+
+
+def decode(qdata: torch.Tensor, scale: torch.Tensor, fmt: FormatSpec) -> torch.Tensor:
+    """Return bfloat16 [N, K] of qdata and scale in layout fragments, without the outer scale: exact."""
+    from microscale.kernels.triton import jit_fragments
+
+    rows, depth = qdata.shape[0], scale.shape[1] * fmt.block
+    out = torch.empty(rows, depth, dtype=torch.bfloat16, device=qdata.device)
+    constants, total = _dequantize_constants(fmt), rows // ROWS * (depth // DEPTH)
+    args = (qdata.view(torch.int32), scale.view(torch.int32), out.view(torch.int32), total, depth // 2)
+    launch(jit_fragments.dequantize_fragments, -(-total // _DEQUANTIZE_WARPS), args, constants, _DEQUANTIZE_WARPS)
+    return out
+
+
+@kernel(
+    "dequantize",
+    "triton.dequantize_fragments",
+    priority=20,
+    requires=Requires(
+        devices=("cuda",), min_capability=(8, 0), packages=("triton",), layouts=(layout.FRAGMENTS,)
+    ),
+)  # fmt: skip
+def dequantize(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    outer_scale: torch.Tensor | None,
+    fmt: FormatSpec,
+    columns: int,
+    scale_layout: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return values [N, columns]; arguments as `reference.dequantize`."""
+    values = decode(qdata.contiguous(), scale.contiguous(), fmt)
+    if outer_scale is None:
+        return values.to(out_dtype)
+    wide = outer_scale if outer_scale.dim() == 0 or outer_scale.shape[-1] == 1 else None
+    if wide is None:  # an outer scale per block of K
+        wide = outer_scale.repeat_interleave(fmt.block, dim=-1)
+    return (values.to(torch.float32) * wide).to(out_dtype)

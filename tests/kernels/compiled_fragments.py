@@ -1,0 +1,61 @@
+"""Compile the decode GEMM for one target: `python -m tests.kernels.compiled_fragments 90 [NAME ...]`; JSON lines."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+import microscale as ms
+from microscale.kernels.triton import fragments, jit_fragments
+from microscale.kernels.triton.fragment_tuning import Tuning
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {"x": "*i32", "words": "*i32", "scales": "*i32", "outer": "*fp32", "bias": "*bf16", "out": "*bf16"}
+FORMATS = ("mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8")
+CASES = {
+    **{f"matmul {f} {e}": (f, e) for f in FORMATS for e in (1,)},
+    "matmul mxfp4 2": ("mxfp4", 2),
+    "matmul mxfp4 8": ("mxfp4", 8),
+    **{f"dequantize {f}": (f, 0) for f in FORMATS},
+}
+
+
+def compiled(case: str, capability: int) -> dict[str, object]:
+    """What the code of a case contains."""
+    name, eights = CASES[case]
+    fmt, pointers = ms.find_format(name), dict(POINTERS)
+    if eights:
+        units = 4 if eights < 8 else 2
+        plan = fragments.plan_of(fmt, Tuning(units, 2, 4, 1), eights, int(fmt.outer_scale is not None), False)
+        kernel, constants, warps = jit_fragments.matmul_fragments, plan.constants, plan.warps
+    else:
+        kernel, constants, warps = jit_fragments.dequantize_fragments, fragments._dequantize_constants(fmt), 4
+        pointers["out"] = "*i32"
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
+    aligned = {
+        (kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t != "constexpr"
+    }
+    source = GluonASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True).stdout
+    names = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", sass)
+    classes = [n.split(".")[0] for n in names if n != "NOP"]
+    return {
+        "case": case, "instructions": sorted(set(re.findall(r"mma\.sync\.aligned\.m16n8k16", made.asm["ptx"]))),
+        "count": len(classes), "local": sum(c in ("LDL", "STL") for c in classes),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[2:] or CASES:
+        print(json.dumps(compiled(wanted, int(sys.argv[1]))), flush=True)
