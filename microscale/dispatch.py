@@ -5,7 +5,9 @@
 
 A `Problem` describes a call without its data: specs, shapes, dtypes, layouts, device. Requirements look only at a
 problem, so that `explain` can answer before anything runs, and selections can be cached per problem class. A fallback
-is never silent: `explain` gives the reason of every refusal, and under `strict()` a fallback is an error.
+is never silent: `explain` gives the reason of every refusal, and under `strict()` a fallback is an error. Nor is an
+approximation: a kernel that does not compute what the reference defines says so (`exact=False`), and does not run
+under `exact_products()`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import contextvars
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from microscale.errors import NoKernelError, unknown_name
 from microscale.spec.format import FormatSpec
@@ -61,6 +63,7 @@ class Problem:
     out_dtype: str | None = None
     layout: str = "strided"
     second: QuantizerSpec | None = None  # of quantize_both: the one along columns
+    bias: Operand | None = None  # of matmul: None also stands for "not known"
 
     def __str__(self) -> str:
         """Render as `matmul(bf16[64, 4112], nvfp4[11008, 4112])`."""
@@ -74,7 +77,8 @@ class Problem:
             (o.shape_class(), o.dtype, o.format, o.axis, o.layout, o.outer, o.order) for o in self.operands
         )
         specs = (self.quantizer, self.second)
-        return (self.op, operands, self.device, self.capability, specs, self.out_dtype, self.layout)
+        bias = None if self.bias is None else (self.bias.shape_class(), self.bias.dtype)
+        return (self.op, operands, self.device, self.capability, specs, self.out_dtype, self.layout, bias)
 
 
 Check = Callable[[Problem], str | None]
@@ -136,7 +140,11 @@ def _installed(package: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One implementation of one op. `native`: devices where choosing it is no fallback; `bound`: how exact it is."""
+    """One implementation of one op.
+
+    `native`: devices where choosing it is no fallback; `bound`: how near it is to the reference, in words; `exact`:
+    its operands have the values that the reference multiplies, and sums are FP32. False under a wider bound.
+    """
 
     op: str
     name: str
@@ -145,6 +153,7 @@ class Kernel:
     priority: int = 0
     native: tuple[str, ...] | None = None
     bound: str = "bit-equal to the reference"
+    exact: bool = True
 
     @property
     def backend(self) -> str:
@@ -192,6 +201,19 @@ _by_facts: dict[tuple[Any, ...], tuple[list[Kernel], Kernel]] = {}  # with the k
 _LIMIT = 4096  # entries of _by_facts, which holds shapes as they are; past it all are forgotten
 _backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("microscale_backend", default=None)
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("microscale_strict", default=False)
+_exact: contextvars.ContextVar[bool] = contextvars.ContextVar("microscale_exact", default=False)
+
+
+class _Wishes(NamedTuple):
+    """What is in force around a call, beyond the problem itself; part of every cache key."""
+
+    backend: str | None
+    strict: bool
+    exact: bool
+
+
+def _wishes() -> _Wishes:
+    return _Wishes(_backend.get(), _strict.get(), _exact.get())
 
 
 def kernel(
@@ -202,11 +224,12 @@ def kernel(
     priority: int = 0,
     native: tuple[str, ...] | None = None,
     bound: str = "bit-equal to the reference",
+    exact: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as a kernel of `op`. Higher priority is tried first."""
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
-        entry = Kernel(op, name, run, requires, priority, native, bound)
+        entry = Kernel(op, name, run, requires, priority, native, bound, exact)
         rows = [k for k in _kernels.get(op, []) if k.name != name]
         _kernels[op] = sorted([*rows, entry], key=lambda k: -k.priority)
         _cache.clear()
@@ -263,6 +286,19 @@ def strict(enabled: bool = True) -> Iterator[None]:
         _strict.reset(token)
 
 
+@contextlib.contextmanager
+def exact_products(enabled: bool = True) -> Iterator[None]:
+    """Within the block only kernels run whose products are those of the dequantized operands, summed in FP32.
+
+    What it keeps out are kernels with a wider bound of their own: FP8 tensor cores on operands re-encoded row by row.
+    """
+    token = _exact.set(enabled)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
 def is_fallback(entry: Kernel, problem: Problem) -> bool:
     """Return True if a kernel runs where it is only a substitute (the reference on a GPU)."""
     return entry.native is not None and problem.device not in entry.native
@@ -270,11 +306,11 @@ def is_fallback(entry: Kernel, problem: Problem) -> bool:
 
 def select(problem: Problem) -> Kernel:
     """Return the kernel that runs a problem. Raises NoKernelError with every refusal if there is none."""
-    only, is_strict = _backend.get(), _strict.get()
-    key = (problem.key(), only, is_strict)
+    wishes = _wishes()
+    key = (problem.key(), wishes)
     found = _cache.get(key)
     if found is None:
-        found = _cache[key] = _select(problem, only, is_strict)
+        found = _cache[key] = _select(problem, wishes)
     return found
 
 
@@ -284,8 +320,7 @@ def select_by(op: str, facts: tuple[Any, ...], describe: Callable[..., Problem],
     For small calls, where describing the problem costs more than all the rest: facts are whatever is at hand, such as
     a torch.Size and a torch.dtype.
     """
-    only, is_strict = _backend.get(), _strict.get()
-    key = (op, only, is_strict, facts)
+    key = (op, _backend.get(), _strict.get(), _exact.get(), facts)
     found, rows = _by_facts.get(key), _kernels.get(op)
     if found is not None and found[0] is rows:  # a registration makes a new list
         return found[1]
@@ -313,33 +348,42 @@ def stand_in(op: str, run: Callable[..., Any]) -> Iterator[None]:
         _cache.clear()
 
 
-def _select(problem: Problem, only: str | None, is_strict: bool) -> Kernel:
+def _select(problem: Problem, wishes: _Wishes) -> Kernel:
     for entry in kernels(problem.op):
-        if _reason(entry, problem, only, is_strict) is None:
+        if _reason(entry, problem, wishes) is None:
             return entry
-    refused = [Refusal(k.name, _reason(k, problem, only, is_strict) or "") for k in kernels(problem.op)]
+    refused = [Refusal(k.name, _reason(k, problem, wishes) or "") for k in kernels(problem.op)]
     width = max(len(r.kernel) for r in refused)
     lines = [f"no kernel for {problem}", *(f"  {r.kernel:<{width}}  refused: {r.reason}" for r in refused)]
-    hint = "leave strict() to allow the reference" if is_strict else "see microscale.explain for what each kernel needs"
-    raise NoKernelError("\n".join(lines), f"leave use_backend({only!r})" if only is not None else hint)
+    if wishes.backend is not None:
+        hint = f"leave use_backend({wishes.backend!r})"
+    elif wishes.strict:
+        hint = "leave strict() to allow the reference"
+    elif wishes.exact:
+        hint = "leave exact_products() to allow kernels with a wider bound"
+    else:
+        hint = "see microscale.explain for what each kernel needs"
+    raise NoKernelError("\n".join(lines), hint)
 
 
-def _reason(entry: Kernel, problem: Problem, only: str | None, is_strict: bool) -> str | None:
-    if only is not None and entry.backend != only:
-        return f"use_backend({only!r}) is in force"
+def _reason(entry: Kernel, problem: Problem, wishes: _Wishes) -> str | None:
+    if wishes.backend is not None and entry.backend != wishes.backend:
+        return f"use_backend({wishes.backend!r}) is in force"
     reason = entry.requires.refusal(problem)
-    if reason is None and is_strict and is_fallback(entry, problem):
+    if reason is None and wishes.strict and is_fallback(entry, problem):
         return f"a fallback on {problem.device}, and strict() is in force"
+    if reason is None and wishes.exact and not entry.exact:
+        return f"its products are not exact ({entry.bound}), and exact_products() is in force"
     return reason
 
 
 def explain_problem(problem: Problem) -> Explanation:
     """Return the choice for a problem and the reason of every refusal; never raises for want of a kernel."""
-    only, is_strict = _backend.get(), _strict.get()
+    wishes = _wishes()
     chosen: Kernel | None = None
     refused, passed = [], []
     for entry in kernels(problem.op):
-        reason = _reason(entry, problem, only, is_strict)
+        reason = _reason(entry, problem, wishes)
         if reason is not None:
             refused.append(Refusal(entry.name, reason))
         elif chosen is None:

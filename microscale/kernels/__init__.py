@@ -1,5 +1,5 @@
 """Kernels: who computes an op, on plain tensors and specs. Importing this package registers every kernel."""
 
-from microscale.kernels import reference, triton
+from microscale.kernels import cublas, reference, triton
 
-__all__ = ["reference", "triton"]
+__all__ = ["cublas", "reference", "triton"]

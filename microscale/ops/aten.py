@@ -118,7 +118,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _t(q: BlockScaledTensor) -> BlockScaledTensor:
     if q.dim() > 2:
         raise InputError(f"t() of a tensor of rank {q.dim()}", "use .mT or .transpose(first, second)")
-    return structure.transpose(q, 0, 1) if q.dim() == 2 else _detach(q)
+    return compute.transposed(q) if q.dim() == 2 else _detach(q)
 
 
 implements(aten.transpose.int)(structure.transpose)
@@ -195,7 +195,7 @@ def _unbind(q: BlockScaledTensor, dim: int = 0) -> list[BlockScaledTensor]:
 
 @implements(aten.mm.default, aten.bmm.default, aten.matmul.default, aten.mv.default, aten.dot.default)
 def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return compute.matmul(a, b)
+    return compute.product(a, b, None, None, recorded=False)
 
 
 @implements(aten.addmm.default, aten.baddbmm.default)
@@ -203,17 +203,18 @@ def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float 
     if isinstance(bias, BlockScaledTensor):
         raise UnsupportedOpError("addmm with a quantized bias", "dequantize() the bias")
     if beta == 1 and alpha == 1:
-        return compute.matmul(a, b, bias)
-    product = compute.matmul(a, b, None, torch.float32) * alpha
+        return compute.product(a, b, bias, None, recorded=False)
+    summed = compute.product(a, b, None, torch.float32, recorded=False) * alpha
     scaled = 0 if beta == 0 else bias.to(torch.float32) * beta
-    return (product + scaled).to(a.dtype)
+    return (summed + scaled).to(a.dtype)
 
 
 @implements(aten.linear.default)
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if weight.dim() == 1:
-        return compute.matmul(x, weight, bias)
-    return compute.matmul(x, weight.transpose(-1, -2), bias)
+    if weight.dim() == 2 and isinstance(weight, BlockScaledTensor):
+        return compute.times_transpose(x, weight, bias)
+    weight = weight.transpose(-1, -2) if weight.dim() > 1 else weight
+    return compute.product(x, weight, bias, None, recorded=False)
 
 
 @implements(aten._grouped_mm.default)

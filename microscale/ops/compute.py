@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from microscale.errors import InputError
+from microscale.kernels.reference.matmul import Operand, Parts
+from microscale.numerics import layout
 from microscale.numerics.hadamard import hadamard
-from microscale.ops import graph, library  # noqa: F401  (defines torch.ops.microscale)
+from microscale.ops import api, graph, library
 from microscale.ops.api import dequantize, quantize
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor
@@ -22,6 +24,32 @@ def _flat(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Ten
     if isinstance(t, BlockScaledTensor):
         return t.qdata, t.scale, t.outer_scale, t.meta.pack(), t.shape[t.block_axis]
     return t, None, None, "", 0
+
+
+def _tensors(t: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return (t.qdata, t.scale, t.outer_scale) if isinstance(t, BlockScaledTensor) else (t,)
+
+
+def _parts(t: torch.Tensor) -> Operand:
+    """One operand as kernels get it."""
+    if not isinstance(t, BlockScaledTensor):
+        return t
+    meta = t.meta
+    return Parts(t.qdata, t.scale, t.outer_scale, meta.format, meta.axis, t.shape[meta.axis], meta.layout)
+
+
+def transposed(q: BlockScaledTensor) -> BlockScaledTensor:
+    """Return q.t() of a matrix, which every linear layer asks for: what `structure.transpose` gives, in few steps."""
+    (rows, columns), parts = q.shape, _transposed_parts(q)
+    meta = api._meta(parts.format, parts.axis, parts.layout)
+    return BlockScaledTensor(parts.qdata, parts.scale, parts.outer_scale, meta, (columns, rows), q.dtype)
+
+
+def _transposed_parts(q: BlockScaledTensor) -> Parts:
+    meta, outer = q.meta, q.outer_scale
+    scale = q.scale if meta.layout == layout.SWIZZLED else q.scale.t()
+    outer = outer.t() if outer is not None and outer.dim() else outer
+    return Parts(q.qdata.t(), scale, outer, meta.format, -3 - meta.axis, q.shape[meta.axis], meta.layout)
 
 
 def _result_dtype(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
@@ -49,18 +77,42 @@ def matmul(
 
 @graph.in_graph
 def _matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:
-    if a.dim() == 0 or b.dim() == 0 or a.shape[-1] != b.shape[-2 if b.dim() > 1 else -1]:
+    return product(a, b, bias, out_dtype, recorded=_records(a, b, bias))
+
+
+def _records(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would follow an op on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None, *, recorded: bool
+) -> torch.Tensor:
+    """Return what `matmul` returns. `recorded`: autograd follows it, so it goes through torch; below, it need not."""
+    rank_a, rank_b = a.dim(), b.dim()
+    if rank_a == 0 or rank_b == 0 or a.shape[-1] != b.shape[-2 if rank_b > 1 else -1]:
         raise InputError(f"cannot multiply {list(a.shape)} by {list(b.shape)}", "the inner sizes must agree")
     dtype = _result_dtype(a, b, out_dtype)
     if not isinstance(a, BlockScaledTensor) and not isinstance(b, BlockScaledTensor):
         raise InputError("matmul of two plain tensors", "use torch.matmul")
-    if a.dim() == 1 or b.dim() == 1:  # as torch.matmul: a vector is a row on the left, a column on the right
-        left, right = (a.unsqueeze(0) if a.dim() == 1 else a), (b.unsqueeze(-1) if b.dim() == 1 else b)
-        out = _matmul(left, right, None, dtype)
-        out = out.squeeze(-1) if b.dim() == 1 else out
-        out = out.squeeze(-1 if b.dim() == 1 else -2) if a.dim() == 1 else out
+    if rank_a == 1 or rank_b == 1:  # as torch.matmul: a vector is a row on the left, a column on the right
+        left, right = (a.unsqueeze(0) if rank_a == 1 else a), (b.unsqueeze(-1) if rank_b == 1 else b)
+        out = product(left, right, None, dtype, recorded=recorded)
+        out = out.squeeze(-1) if rank_b == 1 else out
+        out = out.squeeze(-1 if rank_b == 1 else -2) if rank_a == 1 else out
         return out if bias is None else out + bias
+    if not recorded and library.is_direct(bias, *_tensors(a), *_tensors(b)):
+        return library.matmul(_parts(a), _parts(b), bias, dtype)
     return torch.ops.microscale.matmul(*_flat(a), *_flat(b), bias, dtype)
+
+
+def times_transpose(x: torch.Tensor, weight: BlockScaledTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return `product(x, weight.t(), bias)` of a matrix `weight`, below autograd."""
+    if type(x) is BlockScaledTensor or x.dim() < 2 or not library.is_direct(x, bias, *_tensors(weight)):
+        return product(x, transposed(weight), bias, None, recorded=False)
+    if x.shape[-1] != weight.shape[1]:
+        raise InputError(f"cannot multiply {list(x.shape)} by {list(weight.shape[::-1])}", "the inner sizes must agree")
+    return library.matmul(x, _transposed_parts(weight), bias, _result_dtype(x, weight, None))
 
 
 def grouped_matmul(
@@ -84,6 +136,8 @@ def _grouped_matmul(
     if offsets.dtype != torch.int32 or offsets.shape != (b.shape[0],):
         raise InputError(f"offsets must be int32 [{b.shape[0]}], got {offsets.dtype} {list(offsets.shape)}")
     dtype = _result_dtype(a, b, out_dtype)
+    if not _records(a, b) and library.is_direct(offsets, *_tensors(a), *_tensors(b)):
+        return library.grouped_matmul(_parts(a), _parts(b), offsets, dtype)
     return torch.ops.microscale.grouped_matmul(*_flat(a), *_flat(b), offsets, dtype)
 
 
@@ -131,11 +185,26 @@ def linear(
     straight-through. Without, the gradient to x is exact. The weight gets no gradient.
     """
     if input_quantizer is None:
+        if _is_short(x, weight, bias):
+            return times_transpose(x, weight, bias)  # type: ignore[arg-type]
         return torch.nn.functional.linear(x, weight, bias)
     quantized = quantize(x, input_quantizer, amax=amax)
-    if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+    recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if not recorded:
         return matmul(quantized, weight.transpose(-1, -2), bias, x.dtype)
     return _StraightThrough.apply(x, quantized, weight, bias, input_quantizer)  # type: ignore[no-untyped-call]
+
+
+def _is_short(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a linear layer need not go through torch's: nothing follows or changes what it does on the way."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(weight) is BlockScaledTensor
+        and weight.dim() == 2
+        and library.is_direct(x, bias)
+        and not _records(x, bias)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def embedding(indices: torch.Tensor, weight: BlockScaledTensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The torch.library definitions: schema, fake, and an implementation that asks the dispatcher.
 
-`quantize` and `dequantize` are what the ops of these names run; eager calls on plain tensors go to them directly.
-Specs cross the boundary as their canonical text; an absent outer scale comes back as an empty tensor, because a schema
-has no optional returns. All ops are functional and their outputs own their memory.
+`quantize`, `dequantize`, `matmul` and `grouped_matmul` are what the ops of these names run; eager calls on plain
+tensors go to them directly. Specs cross the boundary as their canonical text; an absent outer scale comes back as an
+empty tensor, because a schema has no optional returns. All ops are functional and their outputs own their memory.
 """
 
 from __future__ import annotations
@@ -224,28 +224,75 @@ def _dequantize_fake(
 # -- matmul ------------------------------------------------------------------------------------------------------------
 
 
+def outer_kind(outer: torch.Tensor | None, axis: int, contraction: int) -> str | None:
+    """Return what `dispatch.Operand.outer` says of an operand blocked along `axis` and contracted along another.
+
+    None without an outer scale, "scalar" for one number, "vector" for several that are constant along the contraction,
+    so that they may multiply the sum, "mixed" for others.
+    """
+    if outer is None:
+        return None
+    if outer.numel() == 1:
+        return "scalar"
+    late = outer.shape[contraction] == 1 and (axis == contraction or outer.shape[axis] == 1)
+    return "vector" if late else "mixed"
+
+
+def _facts(x: KernelOperand, contraction: int) -> tuple[object, ...]:
+    """What a selection depends on, as it is at hand."""
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.dtype
+    kind = None if x.outer_scale is None else outer_kind(x.outer_scale, x.axis, contraction)
+    return x.qdata.shape, x.size, x.format.key, x.axis, x.layout, kind
+
+
+def product_operand(x: KernelOperand, contraction: int) -> dispatch.Operand:
+    """Describe an operand of a product that is contracted along a dimension, -1 or -2."""
+    if isinstance(x, torch.Tensor):
+        return dispatch.Operand(tuple(x.shape), dtype_name(x.dtype))
+    shape = list(x.qdata.shape)
+    shape[x.axis] = x.size
+    kind = outer_kind(x.outer_scale, x.axis, contraction)
+    return dispatch.Operand(tuple(shape), "uint8", x.format, x.axis, x.layout, kind)
+
+
+def _device(x: KernelOperand) -> torch.device:
+    return x.device if isinstance(x, torch.Tensor) else x.qdata.device
+
+
+def product_problem(
+    op: str, a: KernelOperand, b: KernelOperand, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> dispatch.Problem:
+    """Describe a matmul or grouped matmul; `bias` is None for the latter."""
+    operands, device = (product_operand(a, -1), product_operand(b, -2)), _device(a)
+    row = None if bias is None else dispatch.Operand(tuple(bias.shape), dtype_name(bias.dtype))
+    where = (device.type, capability(device))
+    return dispatch.Problem(op, operands, *where, None, dtype_name(out_dtype), bias=row)
+
+
+def matmul(a: KernelOperand, b: KernelOperand, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+    """Run the kernel that the dispatcher selects; arguments and result as `reference.matmul`."""
+    added = None if bias is None else (bias.shape, bias.dtype)
+    facts = (_facts(a, -1), _facts(b, -2), _device(a), added, out_dtype)
+    entry = dispatch.select_by("matmul", facts, product_problem, "matmul", a, b, bias, out_dtype)
+    return entry.run(a, b, bias, out_dtype)
+
+
+def grouped_matmul(a: KernelOperand, b: KernelOperand, offsets: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """Run the kernel that the dispatcher selects; arguments and result as `reference.grouped_matmul`."""
+    facts = (_facts(a, -1), _facts(b, -2), _device(a), out_dtype)
+    entry = dispatch.select_by("grouped_matmul", facts, product_problem, "grouped_matmul", a, b, None, out_dtype)
+    return entry.run(a, b, offsets, out_dtype)
+
+
 def _operand(
     data: torch.Tensor, scale: torch.Tensor | None, outer: torch.Tensor | None, meta: str, size: int
-) -> tuple[KernelOperand, dispatch.Operand]:
-    """Return what the kernel gets and what the dispatcher looks at."""
+) -> KernelOperand:
+    """An operand from its five schema arguments."""
     if scale is None:
-        return data, dispatch.Operand(tuple(data.shape), dtype_name(data.dtype))
+        return data
     parsed = Meta.unpack(meta)
-    shape = list(data.shape)
-    shape[parsed.axis] = size
-    kind = None if outer is None else "scalar" if outer.numel() == 1 else "vector"
-    row = dispatch.Operand(tuple(shape), "uint8", parsed.format, parsed.axis, parsed.layout, kind)
-    return Parts(data, scale, outer, parsed.format, parsed.axis, size, parsed.layout), row
-
-
-def _run(
-    op: str, a: tuple[object, ...], b: tuple[object, ...], extra: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    first, first_row = _operand(*a)  # type: ignore[arg-type]
-    second, second_row = _operand(*b)  # type: ignore[arg-type]
-    device = a[0].device  # type: ignore[attr-defined]
-    problem = dispatch.Problem(op, (first_row, second_row), device.type, capability(device), None, dtype_name(dtype))
-    return dispatch.select(problem).run(first, second, extra, dtype)
+    return Parts(data, scale, outer, parsed.format, parsed.axis, size, parsed.layout)
 
 
 @torch.library.impl(LIBRARY, "matmul", "CompositeExplicitAutograd")
@@ -254,7 +301,8 @@ def _matmul(
     b: torch.Tensor, b_scale: torch.Tensor | None, b_outer: torch.Tensor | None, b_meta: str, b_size: int,
     bias: torch.Tensor | None, out_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    return _run("matmul", (a, a_scale, a_outer, a_meta, a_size), (b, b_scale, b_outer, b_meta, b_size), bias, out_dtype)
+    first, second = _operand(a, a_scale, a_outer, a_meta, a_size), _operand(b, b_scale, b_outer, b_meta, b_size)
+    return matmul(first, second, bias, out_dtype)
 
 
 @torch.library.impl(LIBRARY, "grouped_matmul", "CompositeExplicitAutograd")
@@ -263,8 +311,8 @@ def _grouped_matmul(
     b: torch.Tensor, b_scale: torch.Tensor | None, b_outer: torch.Tensor | None, b_meta: str, b_size: int,
     offsets: torch.Tensor, out_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    first, second = (a, a_scale, a_outer, a_meta, a_size), (b, b_scale, b_outer, b_meta, b_size)
-    return _run("grouped_matmul", first, second, offsets, out_dtype)
+    first, second = _operand(a, a_scale, a_outer, a_meta, a_size), _operand(b, b_scale, b_outer, b_meta, b_size)
+    return grouped_matmul(first, second, offsets, out_dtype)
 
 
 def _logical(data: torch.Tensor, scale: torch.Tensor | None, meta: str, size: int) -> list[int]:
