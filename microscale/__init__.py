@@ -7,6 +7,7 @@
     print(ms.explain("matmul", x, q))                 # what runs, and why not the others
     print(ms.plan(model, "nvfp4_dynamic"))            # per layer: rule, format, bytes before and after
     ms.quantize_(model, "nvfp4_dynamic")
+    ms.prepare_training_(model, "nvfp4_train", seed=0)
 
 Every public name is listed here and loaded on first use, so `import microscale` costs nothing and the command line can
 list formats without importing torch.
@@ -47,16 +48,21 @@ _PUBLIC = {
     "matmul": "microscale.ops.compute",
     "grouped_matmul": "microscale.ops.compute",
     "linear": "microscale.ops.compute",
+    "prepare": "microscale.ops.prepare",
+    "prepare_": "microscale.ops.prepare",
     "quantize_both": "microscale.ops.both",
     "group_amax": "microscale.ops.groups",
     "silu_mul_quantize": "microscale.ops.producers",
     "rms_norm_quantize": "microscale.ops.producers",
     "hadamard": "microscale.numerics.hadamard",
+    "exact_products": "microscale.dispatch",
     "strict": "microscale.dispatch",
     "use_backend": "microscale.dispatch",
     # models and checkpoints
     "plan": "microscale.nn.plan",
     "quantize_": "microscale.nn.convert",
+    "prepare_training_": "microscale.nn.training",
+    "finish_training_": "microscale.nn.training",
     "save": "microscale.interop",
     "load": "microscale.interop",
     "inspect": "microscale.interop",
@@ -85,6 +91,7 @@ if "torch" in sys.modules:
     importlib.import_module("microscale.tensor")
 
 if TYPE_CHECKING:
+    from microscale.dispatch import exact_products as exact_products
     from microscale.dispatch import strict as strict
     from microscale.dispatch import use_backend as use_backend
     from microscale.errors import MicroscaleError as MicroscaleError
@@ -94,6 +101,8 @@ if TYPE_CHECKING:
     from microscale.interop import save as save
     from microscale.nn.convert import quantize_ as quantize_
     from microscale.nn.plan import plan as plan
+    from microscale.nn.training import finish_training_ as finish_training_
+    from microscale.nn.training import prepare_training_ as prepare_training_
     from microscale.numerics.hadamard import hadamard as hadamard
     from microscale.ops.api import decode_table as decode_table
     from microscale.ops.api import dequantize as dequantize
@@ -105,6 +114,8 @@ if TYPE_CHECKING:
     from microscale.ops.compute import linear as linear
     from microscale.ops.compute import matmul as matmul
     from microscale.ops.groups import group_amax as group_amax
+    from microscale.ops.prepare import prepare as prepare
+    from microscale.ops.prepare import prepare_ as prepare_
     from microscale.ops.producers import rms_norm_quantize as rms_norm_quantize
     from microscale.ops.producers import silu_mul_quantize as silu_mul_quantize
     from microscale.report.compare import compare as compare

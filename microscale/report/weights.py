@@ -15,7 +15,6 @@ memory beyond the weight and its codes is bounded.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from typing import Self
@@ -23,9 +22,9 @@ from typing import Self
 import torch
 
 from microscale import ops
-from microscale.numerics import codec, hadamard
+from microscale.nn.diagnostics import clipping_edges
+from microscale.numerics import hadamard
 from microscale.report.results import FormatResult, LayerError, decibels
-from microscale.spec.element import ElementSpec
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor
 
@@ -60,16 +59,6 @@ class Tally:
         """Return this tally as the record of one layer."""
         clipped, flushed = self.clipped / max(1, self.values), self.flushed / max(1, self.nonzero)
         return LayerError(name, self.values, self.sqnr_db, clipped, flushed, self.lost)
-
-
-@functools.lru_cache(maxsize=256)
-def clipping_edges(element: ElementSpec) -> tuple[float, float]:
-    """Return (low, high), in units of the scale: values outside are clipped. Half a step beyond the extreme values."""
-    extremes = codec.encode(torch.tensor([-torch.inf, torch.inf]), element)
-    bottom, top = codec.decode(extremes, element).tolist()
-    table = [v for v in codec.decode_table(element).tolist() if math.isfinite(v)]
-    below_top, above_bottom = max(v for v in table if v < top), min(v for v in table if v > bottom)
-    return bottom - (above_bottom - bottom) / 2, top + (top - below_top) / 2
 
 
 def measure(weight: torch.Tensor, quantizer: QuantizerSpec) -> Tally:

@@ -354,9 +354,20 @@ def _build_recipe(data: Any, doc: Document) -> RecipeSpec:
     if not isinstance(raw, Mapping):
         hint = "give each a name, as in quantizers: {w: {format: mxfp4}}"
         raise doc.error(("quantizers",), f"quantizers must be a mapping, not {seen(raw)}", hint)
-    made = {name: _quantizer(body, doc, ("quantizers", name)) for name, body in raw.items()}
+    random = [name for name, body in raw.items() if _has_random_sign(body)]
+    plain = {name: {**raw[name], "hadamard": {**raw[name]["hadamard"], "sign": None}} for name in random}
+    made = {name: _quantizer(plain.get(name, body), doc, ("quantizers", name)) for name, body in raw.items()}
+    given = {**data, "quantizers": made}
+    if random and isinstance(written := data.get("random_signs", ()), list | tuple):
+        given["random_signs"] = (*written, *(name for name in random if name not in written))
     with checking(RecipeSpec, doc):
-        return RecipeSpec.model_validate({**data, "quantizers": made})
+        return RecipeSpec.model_validate(given)
+
+
+def _has_random_sign(body: Any) -> bool:
+    """Whether a quantizer says `hadamard: {size: 16, sign: random}`; the recipe, not the quantizer, keeps that."""
+    hadamard = body.get("hadamard") if isinstance(body, Mapping) else None
+    return isinstance(hadamard, Mapping) and hadamard.get("sign") == "random"
 
 
 def _check_files(names: list[str]) -> None:

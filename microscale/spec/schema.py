@@ -36,6 +36,7 @@ _RECORDS = {
     "OuterScaleSpec": "outer_scale",
     "QuantizerSpec": "variant",
     "Rule": "rule",
+    "ScheduleSpec": "schedule",
     "ScaleRuleSpec": "scale_rule",
 }
 
@@ -78,6 +79,9 @@ def _definitions() -> dict[str, Schema]:
     made["variant"]["properties"] = {"format": {"anyOf": [*names["anyOf"], _ref("format")]}, **kept, **own}
     made["quantizer"] = {"anyOf": [*names["anyOf"], _ref("variant"), _ref("format")]}
     made["hadamard"]["properties"]["size"] = sizes
+    signs = made["hadamard"]["properties"]["sign"]
+    drawn = {"const": "random", "description": "in a training recipe: drawn from the seed"}
+    made["hadamard"]["properties"]["sign"] = {**signs, "anyOf": [*signs["anyOf"], drawn]}
     made["recipe"]["properties"]["quantizers"]["additionalProperties"] = _ref("quantizer")
     for key in ("match", "types"):
         many = made["rule"]["properties"][key]

@@ -106,7 +106,7 @@ def test_recipe_without_effect_is_an_error_that_counts_the_reasons(recipe):
 
 
 def test_training_recipe_is_refused_with_the_ones_for_inference(recipe):
-    text = error_text(LAYERS, recipe({"match": "*", **X, "dgrad": {"weight": "w"}}))
+    text = error_text(LAYERS, recipe({"match": "*", **X, "dgrad": {"grad_output": "w", "weight": "w"}}))
     assert "is for training" in text and "nvfp4_dynamic" in text
 
 

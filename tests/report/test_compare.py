@@ -227,7 +227,7 @@ def test_unknown_and_training_recipes(checkpoint):
     training = {
         "name": "t",
         "quantizers": {"w": {"format": "mxfp8"}},
-        "rules": [{"match": "*", "fprop": {"weight": "w"}, "dgrad": {"weight": "w"}}],
+        "rules": [{"match": "*", "fprop": {"input": "w", "weight": "w"}, "dgrad": {"grad_output": "w", "weight": "w"}}],
     }
     with pytest.raises(RecipeError, match="for training"):
         compare(checkpoint, recipes=[training], inputs=["a text"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import microscale as ms
+from microscale.nn.diagnostics import clipping_edges
 from microscale.report import weights
 from microscale.spec.element import ElementSpec
 
@@ -54,7 +55,7 @@ def test_clipping_is_one_sided_where_the_element_is():
         "scale": "e8m0",
         "scale_rule": "floor",
     }
-    assert weights.clipping_edges(ms.find_format(wide).element) == (-8.5, 7.5)
+    assert clipping_edges(ms.find_format(wide).element) == (-8.5, 7.5)
     # amax 7.9: scale 2**(2 - 2) = 1
     assert measured([7.9, -7.9, 7.4], wide).clipped == 1
 
@@ -72,12 +73,12 @@ def test_clipping_is_one_sided_where_the_element_is():
     ],
 )
 def test_edges_of_elements(element, edges):
-    assert weights.clipping_edges(ms.find_element(element)) == edges
+    assert clipping_edges(ms.find_element(element)) == edges
 
 
 def test_edges_of_a_codebook_follow_its_own_steps():
     element = ElementSpec(values=(-4.0, -1.0, 0.0, 2.0))
-    assert weights.clipping_edges(element) == (-5.5, 3.0)
+    assert clipping_edges(element) == (-5.5, 3.0)
 
 
 def test_flushed_counts_nonzero_values_that_became_zero():

@@ -203,7 +203,7 @@ class TestWords:
 
     def test_a_failed_item_is_no_second_problem(self, recipe_error):
         """Pydantic also finds that the list, without the item that failed, is too short."""
-        assert recipe_error(rule="5")[2] == "its keys are match, types, keep, optional, fprop, dgrad, wgrad"
+        assert recipe_error(rule="5")[2] == "its keys are match, types, keep, optional, fprop, dgrad, wgrad, last, save"
 
 
 class TestPythonData:
