@@ -14,13 +14,18 @@ its queue never fills. The median and the spread of the samples are reported, on
       launch NAME         of each jitted kernel
       plan                the rest: choosing and preparing what is launched
 
+`linear` is `F.linear` of x and a quantized weight as wide as it is long, prepared where there is such a thing, in total
+and around its kernel; the row of op `torch` and mode `linear` is `F.linear` of a bf16 weight, and notes say how much is
+over it.
+
 `ratio` is the share of the total. Parts are timed one by one; `checks` and `plan` are what is left over, and have the
-noise of all. A reference kernel's own time is no overhead: there, only what is around it is reported. The row of op
-`torch` is the floor: the simplest operation of torch on that device, setting one element to zero.
+noise of all. A reference kernel's own time is no overhead, nor is torch's on a CPU: there, only what is around it is
+reported. The first row of op `torch` is the floor: its simplest operation on that device, setting one element to zero.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 import time
@@ -29,8 +34,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from microscale import dispatch
+from microscale.bench import product
+from microscale.bench.matmul import Weights
 from microscale.bench.quantize import Shape, _device, _input
 from microscale.bench.timing import BenchReport, Row, Timing, environment
 from microscale.kernels.triton.launch import Launch, launch, recorded
@@ -38,11 +46,13 @@ from microscale.numerics import layout
 from microscale.ops import dequantize, explain, library, quantize
 from microscale.ops.api import cached_quantizer
 from microscale.spec.format import FormatSpec
+from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.registry import QuantizerLike, find_quantizer, list_formats
 from microscale.tensor import BlockScaledTensor
 from microscale.testing import assert_same_bits, assert_same_quantized
 
 SHAPE = (1, 4096)
+CPU_ROWS = 64  # of a weight: more would only take longer to make
 CALLS = 50  # of a sample: with a few launches each, far fewer than a queue holds
 CPU_FACTS = Path("/proc/cpuinfo")
 
@@ -68,7 +78,7 @@ def bench_overhead(
     samples: int = 21,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> BenchReport:
-    """Time the host code of quantize and dequantize of bfloat16 for formats (default all) and shapes (default 1x4096).
+    """Time the host code of quantize, dequantize and a linear layer for formats (default all) and shapes (1x4096).
 
     Raises InputError if there is no such device. `progress` is called as (done, total, what).
     """
@@ -76,6 +86,9 @@ def bench_overhead(
     clock = _Clock(place, samples)
     one = torch.empty(1, device=place)
     rows = [_row("torch", "", "zero_ of one element", (1,), clock(one.zero_), None, "")]
+    if place.type == "cuda":
+        rows.extend(_torch_linear(shape, clock) for shape in shapes or [SHAPE])
+    floors = {r.shape: r.us for r in rows if r.mode == "linear"}
     jobs = [(shape, source) for shape in shapes or [SHAPE] for source in formats or list_formats()]
     for done, (shape, source) in enumerate(jobs):
         if progress is not None:
@@ -83,6 +96,7 @@ def bench_overhead(
         x = _input(shape, place)
         rows.extend(_quantize_rows(x, source, clock))
         rows.extend(_dequantize_rows(quantize(x, source), clock))
+        rows.extend(_linear_rows(x, find_quantizer(source), clock, floors))
     return BenchReport({**environment(place), "host": _host()}, {}, tuple(rows))
 
 
@@ -138,6 +152,48 @@ def _dequantize_rows(q: BlockScaledTensor, clock: _Clock) -> Iterator[Row]:
     op = _Op("dequantize", lambda: dequantize(q), entry.run, library.dequantize, args, {})
     check = functools.partial(assert_same_bits, values, expected)
     yield from _rows(op, values, fmt.name, tuple(q.shape), chosen, check, clock)
+
+
+def _weight(shape: Shape, device: torch.device) -> torch.Tensor:
+    rows = CPU_ROWS if device.type == "cpu" else shape[-1]
+    return product.normal((rows, shape[-1]), device, seed=1)
+
+
+def _torch_linear(shape: Shape, clock: _Clock) -> Row:
+    x, weight = _input(shape, clock.device), _weight(shape, clock.device)
+    timing = clock(lambda: functional.linear(x, weight))
+    return _row("torch", product.PLAIN, "linear", (*shape[:-1], *weight.shape), timing, None, "")
+
+
+def _linear_rows(
+    x: torch.Tensor, spec: QuantizerSpec, clock: _Clock, floors: dict[tuple[int, ...], float | None]
+) -> Iterator[Row]:
+    weights = Weights(_weight(tuple(x.shape), x.device), spec)
+    weight, case = weights.for_rows(x.shape[:-1].numel())
+    shape = (*x.shape[:-1], *weight.shape)
+    chosen = explain("matmul", x, weight)
+    kernel = chosen.chosen or "none"
+    row = functools.partial(_row, "linear", spec.name, shape=shape, kernel=kernel)
+
+    def call() -> torch.Tensor:
+        return functional.linear(x, weight)
+
+    y = call()
+    try:
+        weights.sample.check(y.flatten(0, -2), x.flatten(0, -2), product.extra_error("matmul", (chosen,)))
+    except AssertionError as error:
+        yield Row(
+            "linear", spec.name, "total", shape, None, None, None, None, row.keywords["kernel"], False, str(error)
+        )
+        return
+    total, floor = None, floors.get(shape)
+    if x.is_cuda and not chosen.fallback:
+        total = clock(call)
+        over = f"{total.us - floor:.1f} us over torch's in bf16, " if floor is not None else ""
+        yield dataclasses.replace(row(part="total", timing=total, ratio=1.0), note=f"{over}{case} weight")
+    with dispatch.stand_in("matmul", lambda *args: y):
+        around = clock(call)
+    yield row(part="around the kernel", timing=around, ratio=around.us / (total or around).us)
 
 
 def _rows(

@@ -59,9 +59,15 @@ class Timer:
     def _captured(self, call: Callable[[], object]) -> Callable[[], float]:
         call()  # compile and fill caches outside the graph
         torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):  # `torch.cuda.graph` also collects garbage, which takes 50 ms
+            graph.capture_begin()
+            try:
+                call()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def sample() -> float:
@@ -78,6 +84,11 @@ class Timer:
         source = torch.empty(size, dtype=torch.uint8, device=self.device).random_()
         target = torch.empty_like(source)
         return 2 * size / self.time(lambda: target.copy_(source)).us / 1e3
+
+    def read_gb_per_s(self, size: int) -> float:
+        """Return the bandwidth of summing `size` bytes of float32, in GB/s."""
+        source = torch.ones(size // 4, dtype=torch.float32, device=self.device)
+        return size / self.time(source.sum).us / 1e3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +110,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class BenchReport:
-    """Where it was measured, the ceilings of that run (GB/s by what they are), and the rows."""
+    """Where it was measured, the ceilings of that run, and the rows, one dataclass of the suite's own each.
+
+    Ceilings are GB/s by what they are; TFLOP/s where the name ends in `tflops`.
+    """
 
     environment: dict[str, Any]
     ceilings: dict[str, float]
-    rows: tuple[Row, ...]
+    rows: tuple[Any, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from microscale import __version__
-from microscale.cli import bench, checkpoints, dispatching, doctor, specs
+from microscale.cli import bench, checkpoints, dispatching, doctor, specs, tune
 from microscale.errors import MicroscaleError
 
 # typer bundles its own copy of click in some versions and imports it in others; its classes are the same either way.
@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     ),
     "doctor": (doctor.doctor, "microscale doctor"),
     "bench": (bench.bench, "microscale bench quantize --device cuda --formats mxfp8,nvfp4"),
+    "tune": (tune.tune, "microscale tune --formats mxfp4,nvfp4 --shapes 28672x8192 --jobs 8"),
     "schema": (specs.schema_, "microscale schema format -o format.schema.json"),
 }
 """Every command: the function that runs it, and the example of its help."""

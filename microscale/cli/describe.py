@@ -131,6 +131,14 @@ def recipe_text(recipe: RecipeSpec) -> Iterator[str]:
     yield "  rules, the first match wins; what no rule matches stays in high precision"
     for i, rule in enumerate(recipe.rules):
         yield f"    {i}  {_rule_text(rule)}"
+    if recipe.random_signs:
+        yield f"  Hadamard signs from the seed: {', '.join(recipe.random_signs)}"
+    if recipe.main_grad is not None:
+        yield f"  weight gradients are added to main_grad in {recipe.main_grad}"
+    if recipe.schedule is not None:
+        yield f"  high precision from {recipe.schedule.high_precision_from:g} of training on"
+    if recipe.inference is not None:
+        yield f"  afterwards quantized by {recipe.inference}"
 
 
 def _rule_text(rule: Rule) -> str:
@@ -141,4 +149,6 @@ def _rule_text(rule: Rule) -> str:
         )
         action = "; ".join(gemms)
     types = "" if rule.types == ("linear",) else f" ({', '.join(rule.types)})"
-    return f"{' '.join(rule.match)}{types}: {action}{' (optional)' if rule.optional else ''}"
+    where = f", last {rule.last:g} of the blocks" if rule.last is not None else ""
+    saved = f", saves {rule.save}" if rule.save is not None else ""
+    return f"{' '.join(rule.match)}{types}{where}: {action}{saved}{' (optional)' if rule.optional else ''}"

@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,20 +105,59 @@ def ops_list() -> str:
 
 def bench_table() -> str:
     """Return the committed quantize results of the H200: time and share of the copy bandwidth, by shape."""
-    path = data_folder("formats").parent / "benchmarks" / "results" / "nvidia-h200" / "quantize.json"
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = json.loads((_results() / "nvidia-h200" / "quantize.json").read_text(encoding="utf-8"))
     shapes = list(dict.fromkeys(tuple(r["shape"]) for r in report["rows"]))
     cells: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
     for r in report["rows"]:
         text = "not measured" if r["us"] is None else f"{r['us']:.1f} us, {r['ratio']:.2f}"
         cells.setdefault((r["op"], r["format"], r["mode"], f"`{r['kernel']}`"), {})[tuple(r["shape"])] = text
     rows = [(*key, *(found.get(s, "") for s in shapes)) for key, found in cells.items()]
-    place, ceilings = report["environment"], report["ceilings"]
-    head = f"{place['device']}, torch {place['torch']}, Triton {place['triton']}; " + ", ".join(
-        f"{name.replace('_', ' ')} {value:.0f} GB/s" for name, value in ceilings.items()
-    )
     columns = ("op", "format", "mode", "kernel", *("x".join(map(str, s)) for s in shapes))
-    return f"{head}\n\n{_table(columns, rows)}"
+    return f"{_bench_head(report)}\n\n{_table(columns, rows)}"
+
+
+def matmul_tables() -> str:
+    """Return the committed matmul results of every device: one table an op, by rows of the activations."""
+    parts = []
+    for path in sorted(_results().glob("*/matmul.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(_bench_head(report))
+        for op in dict.fromkeys(r["op"] for r in report["rows"]):
+            parts.append(f"`{op}`:\n\n{_matmul_table([r for r in report['rows'] if r['op'] == op])}")
+    return "\n\n".join(parts) or "No results are committed yet."
+
+
+def _matmul_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a weight and kind of activations; a cell is the time, the speed-up, the share of the floor, the note."""
+    sizes = sorted({r["m"] for r in rows})
+    cells: dict[tuple[str, ...], dict[int, str]] = {}
+    kernels: dict[tuple[str, ...], dict[str, None]] = {}
+    for r in rows:
+        case = r["case"].removesuffix(", plain").removesuffix(", prepared")  # one line: few rows want another layout
+        key = (r["format"], r["activations"], case, f"{r['n']}x{r['k']}")
+        text = "not measured"
+        if r["us"] is not None:
+            text = f"{r['us']:.1f} us, {r['speedup']:.2f}x, {r['ratio']:.2f}"
+            text += f"; {r['note']}" if r["note"] else ""
+        cells.setdefault(key, {})[r["m"]] = text
+        kernels.setdefault(key, {})[f"`{r['kernel']}`"] = None
+    lines = [(*key, *(found.get(m, "") for m in sizes), ", ".join(kernels[key])) for key, found in cells.items()]
+    return _table(("weight", "activations", "case", "N x K", *(f"M = {m}" for m in sizes), "kernels"), lines)
+
+
+def _results() -> Path:
+    return data_folder("formats").parent / "benchmarks" / "results"
+
+
+def _bench_head(report: Mapping[str, Any]) -> str:
+    """Where a report was measured, and the ceilings of that run."""
+    place = report["environment"]
+    ceilings = (
+        f"{name.removesuffix('_tflops').replace('_', ' ')} {value:.0f} "
+        f"{'TFLOP/s' if name.endswith('_tflops') else 'GB/s'}"
+        for name, value in report["ceilings"].items()
+    )
+    return f"{place['device']}, torch {place['torch']}, Triton {place['triton']}; {', '.join(ceilings)}"
 
 
 def coverage_table() -> str:
@@ -129,12 +168,12 @@ def coverage_table() -> str:
     root = data_folder("formats").parent
     known = json.loads((root / "tests" / "kernels" / "coverage.json").read_text(encoding="utf-8"))
     ran: dict[str, set[str]] = {}
-    for path in sorted((root / "benchmarks" / "results").glob("*/quantize.json")):
+    for path in sorted(p for name in ("quantize", "matmul") for p in _results().glob(f"*/{name}.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         place = f"{report['environment']['device']} (sm_{report['environment']['capability'].replace('.', '')})"
         for row in report["rows"]:
-            if row["checked"]:
-                ran.setdefault(row["kernel"], set()).add(place)
+            for kernel in row["kernel"].split(" + ") if row["checked"] else ():
+                ran.setdefault(kernel, set()).add(place)
     rows = []
     for name, facts in known.items():
         compiled = ", ".join(f"sm_{n}" for n in facts["compiled"])
@@ -153,6 +192,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "commands": commands_table,
     "ops": ops_list,
     "bench_quantize": bench_table,
+    "bench_matmul": matmul_tables,
     "coverage": coverage_table,
 }
 

@@ -10,7 +10,7 @@ from microscale.cli import output
 from microscale.cli.app import COMMANDS
 from microscale.spec.schema import KINDS
 
-NAMES = ["formats", "recipes", "compare", "quantize", "inspect", "plan", "explain", "doctor", "bench", "schema"]
+NAMES = ["formats", "recipes", "compare", "quantize", "inspect", "plan", "explain", "doctor", "bench", "tune", "schema"]
 
 
 def files_of(folder):

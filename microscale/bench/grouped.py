@@ -1,0 +1,147 @@
+"""Mixtures of experts: tokens sorted by expert, times their expert's weight, with the offsets on the device.
+
+Balanced: every expert has the same number of tokens. Skewed: the i-th expert has a share of 1 / i, and the last eighth
+of the experts none. Each is held against one dense product of the same tokens, N, K and formats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from microscale.bench import product
+from microscale.bench.matmul import Plan, Weights, partners_of, work
+from microscale.bench.product import PLAIN, Product, Sample, normal, stored
+from microscale.ops import explain, grouped_matmul, matmul, quantize
+from microscale.spec.quantizer import QuantizerSpec
+
+
+def balanced(tokens: int, experts: int) -> list[int]:
+    """Return the number of tokens of each expert, as equal as can be."""
+    return [(i + 1) * tokens // experts - i * tokens // experts for i in range(experts)]
+
+
+def skewed(tokens: int, experts: int) -> list[int]:
+    """Return the number of tokens of each expert: the i-th has a share of 1 / i, the last eighth none."""
+    busy = experts - -(-experts // 8)
+    total = sum(1 / (i + 1) for i in range(busy))
+    counts = [int(tokens / (i + 1) / total) for i in range(busy)]
+    counts[0] += tokens - sum(counts)
+    return counts + [0] * (experts - busy)
+
+
+SPREADS: dict[str, Callable[[int, int], list[int]]] = {"balanced": balanced, "skewed": skewed}
+
+
+def expert_products(
+    place: torch.device, plan: Plan, spec: QuantizerSpec, sizes: tuple[int, int, int]
+) -> Iterator[Product]:
+    """Yield the products with E experts [N, K] in a format: weight-only, and with quantized activations."""
+    partners: list[QuantizerSpec | None] = [None, *partners_of(spec, plan.pairs)]
+    experts = Experts(normal(sizes, place, seed=1), spec)
+    x = normal((plan.tokens, sizes[2]), place)
+    for partner in partners:
+        tokens = _Tokens.of(x, partner)
+        yield _dense(experts, tokens)
+        for spread in SPREADS:
+            yield _grouped(experts, tokens, spread)
+
+
+class Experts:
+    """Weights [E, N, K] in bf16 and quantized, with an outer scale for each expert where the format has one."""
+
+    def __init__(self, plain: torch.Tensor, spec: QuantizerSpec) -> None:
+        outer = spec.format.outer_scale
+        amax = None
+        if outer is not None and outer.per == "tensor":
+            amax = torch.stack([w.abs().amax() for w in plain]).float()[:, None, None]
+        self.plain, self.spec = plain, spec
+        self.quantized = quantize(plain, spec, amax=amax)
+        self.first = Weights(plain[0], spec)
+
+    @functools.cached_property
+    def samples(self) -> list[Sample]:
+        """Some rows of each expert, decoded."""
+        return [Sample.of(self.quantized.select(0, i)) for i in range(self.plain.shape[0])]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """The activations x [T, K], quantized in the timed call where there is a partner format; `operand`: as they are."""
+
+    x: torch.Tensor
+    partner: QuantizerSpec | None
+    operand: torch.Tensor
+
+    @staticmethod
+    def of(x: torch.Tensor, partner: QuantizerSpec | None) -> _Tokens:
+        return _Tokens(x, partner, x if partner is None else quantize(x, partner))
+
+    def cast(self) -> torch.Tensor:
+        return self.x if self.partner is None else quantize(self.x, self.partner)
+
+
+def _dense(experts: Experts, tokens: _Tokens) -> Product:
+    """The product of all tokens with the first expert."""
+    weights = experts.first
+    weight = weights.quantized.transpose(-1, -2)
+    chosen = (explain("matmul", tokens.operand, weights.quantized),)
+
+    def call() -> torch.Tensor:
+        return matmul(tokens.cast(), weight)
+
+    def check() -> None:
+        weights.sample.check(call(), tokens.operand, product.extra_error("matmul", chosen))
+
+    case = f"dense, as {len(experts.plain)} experts"
+    fields = _common(experts, tokens)
+    return Product(
+        "matmul", case, call=call, check=check, chosen=chosen, work=work(tokens.x, weights.quantized), **fields
+    )
+
+
+def _grouped(experts: Experts, tokens: _Tokens, spread: str) -> Product:
+    counts = SPREADS[spread](tokens.x.shape[0], len(experts.plain))
+    ends = torch.tensor(counts).cumsum(0)
+    offsets = ends.to(device=tokens.x.device, dtype=torch.int32)
+    weight = experts.quantized.transpose(-1, -2)
+    chosen = (explain("grouped_matmul", tokens.operand, experts.quantized),)
+
+    def call() -> torch.Tensor:
+        return grouped_matmul(tokens.cast(), weight, offsets)
+
+    def check() -> None:
+        y, start = call(), 0
+        extra = product.extra_error("grouped_matmul", chosen)
+        for sample, stop in zip(experts.samples, ends.tolist(), strict=True):
+            if stop > start:
+                rows = torch.arange(start, stop, device=y.device)
+                sample.check(y[start:stop], tokens.operand.index_select(0, rows), extra)
+            start = stop
+        product.assert_repeats(call, y)
+
+    fields = _common(experts, tokens)
+    m, n, k = fields["sizes"]
+    used = stored(experts.quantized) * sum(c > 0 for c in counts) // len(counts)
+    return Product(
+        "grouped_matmul", f"{len(counts)} experts, {spread}", call=call, check=check, chosen=chosen,
+        work=((stored(tokens.x) + used + 2 * m * n, 2 * m * n * k),), like=f"dense, as {len(counts)} experts", **fields,
+    )  # fmt: skip
+
+
+def _common(experts: Experts, tokens: _Tokens) -> dict[str, Any]:
+    """The fields that a dense and a grouped product share."""
+    _, n, k = experts.plain.shape
+    partner = tokens.partner
+    return {
+        "format": experts.spec.name,
+        "activations": PLAIN if partner is None else partner.name,
+        "sizes": (tokens.x.shape[0], n, k),
+        "plain": functools.partial(functional.linear, tokens.x, experts.plain[0]),
+        "eighth": product.is_eighth(None if partner is None else partner.format, experts.spec.format),
+    }

@@ -1,0 +1,209 @@
+"""The language model that is trained on Python's own source: it learns, twice the same, with bf16 and with recipes."""
+
+import importlib
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import microscale as ms
+from microscale.nn.diagnostics import read_diagnostics
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+RUN_KEYS = {
+    "recipe", "seed", "steps", "tokens", "losses", "held_out", "final_loss", "tokens_per_s", "layers", "ratio_to_bf16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def lm(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = importlib.import_module("tiny_lm")
+    model = importlib.import_module("tiny_lm_model")
+    small = model.Config(dim=64, layers=2, heads=4, kv_heads=2, ffn=128, length=32)
+    monkeypatch.setitem(module.SIZES, "tiny", module.Size(small, 8, 24, 16, 4e-3))
+    yield module
+    for name in ("tiny_lm", "tiny_lm_model"):
+        sys.modules.pop(name, None)
+
+
+def run(lm, tmp_path, *arguments):
+    out = tmp_path / "tiny_lm.json"
+    assert lm.main([*arguments, "--device", "cpu", "--size", "tiny", "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def by_recipe(result):
+    return {(r["recipe"], r["seed"]): r for r in result["runs"]}
+
+
+@pytest.mark.slow
+def test_recipes_learn_the_same_text(lm, tmp_path, capsys):
+    picture = tmp_path / "losses.png"
+    names = ["mxfp8_train", "nvfp4_train", "nvfp4_train-no_hadamard"]
+    result = run(lm, tmp_path, "--recipes", ",".join([*names, "bf16"]))
+    runs = by_recipe(result)
+    assert [name for name, _ in runs] == ["bf16", *names]
+    for (name, _), found in runs.items():
+        first, last = found["losses"][0][1], found["final_loss"]
+        assert first == pytest.approx(math.log(256), rel=0.05) and last < 0.8 * first, name
+        assert found["ratio_to_bf16"] == pytest.approx(1, abs=0.05)
+        assert set(found) == RUN_KEYS and found["tokens"] == 24 * 8 * 32 and found["tokens_per_s"] > 0
+    assert runs["bf16", 0]["layers"] == 0 and runs["mxfp8_train", 0]["layers"] == 2 * 7
+    assert runs["nvfp4_train", 0]["final_loss"] != runs["nvfp4_train-no_hadamard", 0]["final_loss"]
+    assert not picture.exists()  # was not asked for
+    inference = [name for name in ms.list_recipes() if not ms.find_recipe(name).is_training]
+    assert [(row["recipe"], row["trained_by"]) for row in result["perplexities"]] == [
+        (name, "bf16") for name in ["bf16", *inference]
+    ]
+    for row in result["perplexities"]:
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"])) and abs(row["ratio_to_bf16"] - 1) < 0.05
+    assert set(result) == {"environment", "model", "runs", "perplexities", "skipped"}
+    assert result["environment"]["corpus"]["files"][0] > 10 * result["environment"]["corpus"]["files"][1] > 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in [*names, *inference])
+
+
+def test_the_same_seed_gives_the_same_run(lm, tmp_path):
+    def losses(seed):
+        found = run(lm, tmp_path, "--recipes", "nvfp4_train", "--seeds", seed, "--steps", "4")["runs"][0]
+        return found["losses"], found["held_out"]
+
+    assert losses("3") == losses("3") != losses("4")
+
+
+def test_seeds_change_weights_and_order_for_every_recipe_alike(lm, tmp_path):
+    result = run(lm, tmp_path, "--recipes", "bf16,mxfp8_train", "--seeds", "0,1", "--steps", "2")
+    runs = by_recipe(result)
+    assert list(runs) == [("bf16", 0), ("mxfp8_train", 0), ("bf16", 1), ("mxfp8_train", 1)]
+    first = {key: found["losses"][0][1] for key, found in runs.items()}
+    assert first["bf16", 0] != first["bf16", 1]
+    for seed in (0, 1):
+        assert first["bf16", seed] == pytest.approx(first["mxfp8_train", seed], rel=2e-3)
+
+
+def test_quantization_aware_training_is_evaluated_as_it_will_run(lm, tmp_path):
+    """The bytes of its forward are those of the inference recipe: under autocast and in bf16 the loss is nearly one."""
+    result = run(lm, tmp_path, "--recipes", "qat_mxfp4", "--steps", "8")
+    plain, quantized = result["perplexities"]
+    assert (plain["recipe"], quantized["recipe"]) == ("bf16", ms.find_recipe("qat_mxfp4").inference)
+    assert plain["trained_by"] == quantized["trained_by"] == "qat_mxfp4" and quantized["ratio_to_bf16"] is None
+    assert quantized["loss"] == pytest.approx(result["runs"][0]["final_loss"], rel=5e-3)
+
+
+def test_time_and_interrupts_keep_what_there_is(lm, tmp_path, monkeypatch):
+    late = run(lm, tmp_path, "--recipes", "bf16,mxfp8_train", "--steps", "2", "--seconds", "0")
+    assert not late["runs"] and [row["recipe"] for row in late["skipped"]] == ["bf16", "mxfp8_train"]
+
+    calls = []
+    train = lm.train
+
+    def interrupted(*args):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return train(*args)
+
+    monkeypatch.setattr(lm, "train", interrupted)
+    result = run(lm, tmp_path, "--recipes", "bf16,mxfp8_train", "--steps", "2")
+    assert [r["recipe"] for r in result["runs"]] == ["bf16"] and result["environment"]["interrupted"]
+
+
+def test_picture(lm, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "plots" / "losses.png"
+    run(lm, tmp_path, "--recipes", "bf16,mxfp8_train", "--steps", "8", "--picture", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_diagnostics(lm, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "diagnostics"
+    arguments = ["--recipes", "bf16,nvfp4_train", "--steps", "8"]
+    watched = run(lm, tmp_path, *arguments, "--diagnostics", str(folder))["runs"]
+    rows = read_diagnostics(folder / "nvfp4_train-0.jsonl")
+    assert {row.step for row in rows} == set(range(1, 9)) and {row.layer.split(".")[1] for row in rows} == {"0"}
+    weight = next(row for row in rows if row.operand == "input" and row.layer.endswith("gate_proj"))
+    assert weight.values == 8 * 32 * 64  # of the training step, without evaluations
+    assert {path.name for path in folder.iterdir()} == {"nvfp4_train-0.jsonl", "nvfp4_train-0.png"}
+    for one, other in zip(watched, run(lm, tmp_path, *arguments)["runs"], strict=True):
+        assert one["losses"] == other["losses"]  # being watched changes nothing
+
+
+def test_ablations_are_recipes_without_one_thing(lm):
+    spec = lm.recipe_of("nvfp4_train-no_hadamard")
+    assert all(q.hadamard is None for q in spec.quantizers.values()) and spec.random_signs == ()
+    spec = lm.recipe_of("nvfp4_train-no_stochastic")
+    assert {q.rounding for q in spec.quantizers.values()} == {"nearest_even"}
+    assert any(q.hadamard is not None for q in spec.quantizers.values())
+    assert all(q.scale_tile is None for q in lm.recipe_of("nvfp4_train-no_2d").quantizers.values())
+    with pytest.raises(SystemExit, match="no ablation"):
+        lm.recipe_of("nvfp4_train-no_luck")
+    with pytest.raises(SystemExit, match="nothing that no_hadamard"):
+        lm.recipe_of("mxfp8_train-no_hadamard")
+    with pytest.raises(ms.MicroscaleError):
+        lm.wanted("bf16,mxfp9_train")
+    everything = lm.wanted("all")
+    assert everything[0] == "bf16" and {"nvfp4_train-no_2d", "mxfp8_train"} <= set(everything)
+
+
+def test_the_text_is_split_by_name(lm, tmp_path):
+    model = importlib.import_module("tiny_lm_model")
+    for i in range(100):
+        (tmp_path / f"m{i}.py").write_text(f"x = {i}\n" * 3)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "left_out.py").write_text("secret\n")
+    one = model.read_corpus(8, torch.device("cpu"), tmp_path)
+    files, held_out = one.facts["files"]
+    assert files + held_out == 100 and 0 < held_out < 20
+    assert bytes(one.train.tolist()).count(b"\0") == files - 1 and b"secret" not in bytes(one.train.tolist())
+    held = one.held_out(3)
+    assert held.shape == (3, 9) and torch.equal(held, model.read_corpus(8, torch.device("cpu"), tmp_path).held_out(3))
+    batch = one.batch(one.order(2, 4, seed=0)[1])
+    assert batch.shape == (4, 9) and torch.equal(batch, one.batch(one.order(2, 4, seed=0)[1]))
+    with pytest.raises(SystemExit, match="too little"):
+        model.read_corpus(10**6, torch.device("cpu"), tmp_path)
+
+
+def test_large_model_has_kernel_sizes(lm):
+    """About 30 M parameters, every width a multiple of 256, tied or not."""
+    model = importlib.import_module("tiny_lm_model")
+    with torch.device("meta"):
+        big, tied = (model.TinyLM(model.Config(tied=tied)) for tied in (False, True))
+    count = sum(p.numel() for p in big.parameters())
+    assert 28e6 < count < 33e6 and count - sum(p.numel() for p in tied.parameters()) == 512 * 256
+    assert all(size % 256 == 0 for p in big.parameters() if p.dim() > 1 for size in p.shape)
+
+
+def test_positions_and_causality(lm):
+    """A later byte changes no earlier logit, and the same byte elsewhere gives another one."""
+    model = importlib.import_module("tiny_lm_model")
+    net = model.TinyLM(model.Config(dim=64, layers=2, heads=4, kv_heads=2, ffn=128, length=16))
+    tokens = torch.full((1, 16), 7)
+    changed = tokens.clone()
+    changed[0, -1] = 8
+    a, b = net(tokens), net(changed)
+    assert torch.equal(a[0, :-1], b[0, :-1]) and not torch.equal(a[0, -1], b[0, -1])
+    x = torch.randn(1, 2, 16, 8)
+    rotated = model.rotate(x, *model.rotations(16, 8, x.device))
+    assert torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1), atol=1e-5) and torch.equal(rotated[:, :, 0], x[:, :, 0])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(lm, tmp_path):
+    out = tmp_path / "tiny_lm.json"
+    names = "bf16,mxfp8_train,nvfp4_train"
+    assert lm.main(["--recipes", names, "--device", "cuda", "--size", "tiny", "--out", str(out)]) == 0
+    for found in json.loads(out.read_text())["runs"]:
+        assert found["final_loss"] < 0.8 * found["losses"][0][1] and found["ratio_to_bf16"] == pytest.approx(1, abs=0.1)
+
+
+def test_it_is_a_script(monkeypatch, lm, capsys):
+    monkeypatch.setattr(sys, "argv", ["tiny_lm.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES / "tiny_lm.py"), run_name="__main__")
+    assert stop.value.code == 0 and "--recipes" in capsys.readouterr().out
