@@ -47,6 +47,7 @@ _PUBLIC = {
     "explain": "microscale.ops.api",
     "matmul": "microscale.ops.compute",
     "grouped_matmul": "microscale.ops.compute",
+    "grouped_wgrad": "microscale.ops.grouped",
     "linear": "microscale.ops.compute",
     "prepare": "microscale.ops.prepare",
     "prepare_": "microscale.ops.prepare",
@@ -113,6 +114,7 @@ if TYPE_CHECKING:
     from microscale.ops.compute import grouped_matmul as grouped_matmul
     from microscale.ops.compute import linear as linear
     from microscale.ops.compute import matmul as matmul
+    from microscale.ops.grouped import grouped_wgrad as grouped_wgrad
     from microscale.ops.groups import group_amax as group_amax
     from microscale.ops.prepare import prepare as prepare
     from microscale.ops.prepare import prepare_ as prepare_

@@ -1,7 +1,8 @@
 """The grouped kernels against FP64, within the derived bound.
 
 `python -m tests.kernels.grouped_cases cpu FORMAT ...` runs them in Triton's interpreter, `cuda` compiled on the device;
-"plain" multiplies plain operands, and the gradient of the matrices. A process of its own, because TRITON_INTERPRET must
+"plain" multiplies plain operands, and the gradient of the matrices; "user" adds formats that no shipped one is like;
+"engine" pretends in the interpreter that there is a copy engine. A process of its own, because TRITON_INTERPRET must
 be set before the jitted code is loaded. Prints one JSON line per mismatch, then
 {"checked": n, "kernels": {format: [the kernels that ran]}}.
 """
@@ -31,6 +32,14 @@ ENDS = {  # of four groups, out of 53 rows
     "all in one": (0, 0, 53, 53),
     "none": (0, 0, 0, 0),
 }
+USER_FORMATS = tuple(
+    {"name": f"user{i}", "scale": scale, "scale_rule": rule} | rest
+    for i, (scale, rule, rest) in enumerate((
+        ("e8m0", "rceil", {"element": "mxint8", "block": 256}),
+        ("e4m3", "nearest", {"element": "int4", "block": 8}),
+        ("e4m3", "nearest", {"element": "e3m2", "block": 64, "outer_scale": {"dtype": "fp32", "per": "expert"}}),
+    ))
+)  # fmt: skip
 ROWS, EXPERTS = 53, 4
 SIZES = ((72, 192), (130, 72), (33, 256), (64, 40))  # columns and K
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -192,9 +201,10 @@ def main(device: str, names: list[str]) -> None:
     checked, kernels = 0, {}
     if device == "cpu" and "engine" in names:  # as if there were a copy engine
         grouped._capability = lambda device: (9, 0)
-    for name in (n for n in names if n != "engine"):
-        ran = kernels.setdefault(name, set())
-        found = plain(device, ran) if name == "plain" else products(ms.find_format(name), device, ran)
+    formats = [n for n in names if n not in ("engine", "user")] + list(USER_FORMATS if "user" in names else ())
+    for fmt in formats:
+        ran = kernels.setdefault(fmt["name"] if isinstance(fmt, dict) else fmt, set())
+        found = plain(device, ran) if fmt == "plain" else products(ms.find_format(fmt), device, ran)
         for case, error in found:
             checked += 1
             if error is not None:

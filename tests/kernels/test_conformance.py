@@ -19,7 +19,7 @@ REFERENCE = {k.op: k for k in dispatch.kernels() if k.backend == "reference"}
 
 
 def test_the_reference_accepts_everything():
-    others = {"quantize_both", "group_amax", "silu_mul_quantize", "rms_norm_quantize"}
+    others = {"quantize_both", "group_amax", "grouped_wgrad", "silu_mul_quantize", "rms_norm_quantize"}
     assert set(REFERENCE) == {"quantize", "dequantize", "matmul", "grouped_matmul", *others}
     assert all(k.requires == dispatch.Requires() for k in REFERENCE.values())
 

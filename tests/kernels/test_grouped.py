@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 import microscale as ms
 from microscale import dispatch
 from microscale.errors import InputError
-from microscale.kernels.reference import matmul as reference
 from microscale.kernels.reference.grouped_wgrad import grouped_wgrad as reference_wgrad
 from microscale.kernels.triton import grouped, ptx_tables
 from microscale.numerics import codec
@@ -18,11 +17,11 @@ from microscale.ops.grouped import grouped_wgrad
 from microscale.testing import assert_same_bits
 from tests.kernels import ptx_emulator
 from tests.kernels.processes import lines
-from tests.kernels.products import parts, wide
+from tests.kernels.products import wide
 
 ARCHITECTURES = (80, 89, 90, 100, 103, 120)
 EXACT = [f for f in ms.list_formats() if f not in ("fp8_block128", "nf4")]
-INTERPRETED = ("mxfp4", "nvfp4"), ("mxfp6", "mxfp8", "nvfp4_row"), ("mxint8", "mxfp8_e5m2", "nvint4"), ("plain",)
+INTERPRETED = ("mxfp4", "nvfp4"), ("mxfp6", "mxfp8", "nvfp4_row"), ("mxint8", "mxfp8_e5m2", "user"), ("plain",)
 
 
 @pytest.mark.slow
@@ -40,7 +39,7 @@ def test_interpreted_kernels_are_within_the_bound(formats):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["mxfp6", "nvfp4", "plain"])
+@pytest.mark.parametrize("name", ["mxfp6", "nvfp4", "user", "plain"])
 def test_compiled_kernels_are_within_the_bound(name):
     rows = lines("tests.kernels.grouped_cases", "cuda", name)
     assert [r for r in rows if "error" in r] == []
@@ -271,7 +270,7 @@ def test_grouped_kernels_compile(capability, tmp_path):
     if capability == 90:
         assert [r for r in rows if r["local"]] == []
         per_code = {r["format"]: r["loop"] for r in rows if r["kernel"] == "grouped_codes" and r["tile"][0] == 16}
-        assert per_code["mxfp4"] < 8.5 and max(per_code.values()) < 12, per_code
+        assert per_code["mxfp4"] < 6 and max(per_code.values()) < 10, per_code
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
@@ -392,14 +391,3 @@ def test_dgrad_takes_the_weights_as_they_are():
     within_bound(ms.grouped_matmul(dy, w, offsets), dy, w, ends)
     q = ms.quantize(w, "mxfp8", axis=-2)
     within_bound(ms.grouped_matmul(dy, q, offsets), dy, q, ends)
-
-
-@pytest.mark.gpu
-def test_reference_and_kernels_agree():
-    x, w = tokens_and_experts("nvfp4_row", 60, (4, 100, 96))
-    qx = ms.quantize(x, "nvfp4_row")
-    offsets = torch.tensor([10, 10, 33, 51], dtype=torch.int32, device="cuda")
-    want = reference.grouped_matmul(parts(qx), parts(w.mT), offsets, torch.float32)
-    for kernel in (grouped.grouped_matmul, grouped.grouped_two_pass):
-        got = kernel(parts(qx), parts(w.mT), offsets, torch.float32)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)

@@ -113,8 +113,7 @@ def run(
     from microscale.kernels.triton import jit_fragments, jit_splits
 
     (rows, depth), columns = x.shape, b.qdata.shape[-1]
-    words = b.qdata.mT.view(torch.int32)
-    scales = b.scale.mT.view(torch.int32)
+    words, scales = _as_words(b.qdata.mT), _as_words(b.scale.mT)
     outer, outer_kind = _outer(b.outer_scale, columns, x)
     bias = None if bias is None else bias.expand(columns).contiguous()
     steps = depth // DEPTH
@@ -137,6 +136,11 @@ def run(
     sum_args = (parts, outer, x if bias is None else bias, out, columns, total)
     launch(jit_splits.add_splits, -(-total // constants["SIZE"]), sum_args, constants, 4)
     return out
+
+
+def _as_words(data: torch.Tensor) -> torch.Tensor:
+    """Return dense bytes as int32 [n]; a row of scales may be no whole number of words."""
+    return data.reshape(-1).view(torch.int32)
 
 
 def _outer(scale: torch.Tensor | None, columns: int, other: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -166,7 +170,7 @@ def decode(qdata: torch.Tensor, scale: torch.Tensor, fmt: FormatSpec) -> torch.T
     rows, depth = qdata.shape[0], scale.shape[1] * fmt.block
     out = torch.empty(rows, depth, dtype=torch.bfloat16, device=qdata.device)
     constants, total = _dequantize_constants(fmt), rows // ROWS * (depth // DEPTH)
-    args = (qdata.view(torch.int32), scale.view(torch.int32), out.view(torch.int32), total, depth // 2)
+    args = (_as_words(qdata), _as_words(scale), out.view(torch.int32), total, depth // 2)
     launch(jit_fragments.dequantize_fragments, -(-total // _DEQUANTIZE_WARPS), args, constants, _DEQUANTIZE_WARPS)
     return out
 

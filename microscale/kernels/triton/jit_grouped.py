@@ -137,15 +137,18 @@ def _load_codes(
     words, scales, step, blocks, BN: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     SWIZZLE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Codes of BN rows from column step * BK on, as words of runs, and the stored scale of each run."""
+    """Codes of BN rows from column step * BK on, as words of runs, and the stored scale of each block."""
     RUNS: tl.constexpr = BK // 8
     PER_BLOCK: tl.constexpr = BLOCK // 8
     codes = _load_runs(words + step * (RUNS * WIDTH // 4), blocks * PER_BLOCK - step * RUNS, BN, RUNS, WIDTH, EVEN)
-    run = step * RUNS + tl.arange(0, RUNS)[None, :]
-    block = run // PER_BLOCK
+    if BLOCK <= BK:
+        block = step * (BK // BLOCK) + tl.arange(0, BK // BLOCK)[None, :]
+    else:
+        block = step * RUNS // PER_BLOCK + tl.arange(0, 1)[None, :]
+    live = block < blocks
     if SWIZZLE:
         block = (block >> 2) * 512 + (block & 3)
-    return codes, _load(scales + block, run < blocks * PER_BLOCK, EVEN)
+    return codes, _load(scales + block, live, EVEN)
 
 
 @triton.jit
@@ -156,10 +159,14 @@ def _decoded(
     E_WIDTH: tl.constexpr, E_MANTISSA: tl.constexpr, E_NAN: tl.constexpr, E_TOP: tl.constexpr, E_LIFT: tl.constexpr,
     LOOK_UP: tl.constexpr, LOOK_UP_IN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Values of runs, times the scale `stored` for each: bfloat16 [BN, BK], exact unless below 2**-126."""
+    """Values of runs, times the scale `stored` for each block: bfloat16 [BN, BK], exact unless below 2**-126."""
+    RUNS: tl.constexpr = BK // 8
+    BLOCKS: tl.constexpr = stored.shape[1]
     scale = decode_scale(
         stored, stored, False, EXPONENT_ONLY, S_BIAS, S_WIDTH, S_MANTISSA, S_LOWEST, S_SIGNED, S_NAN, S_TOP
     )
+    if RUNS != BLOCKS:
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, BLOCKS, RUNS // BLOCKS)), (BN, RUNS))
     if LOOK_UP != "":
         half = scale.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         both = half | (half << 16)
