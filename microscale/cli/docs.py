@@ -145,6 +145,61 @@ def _matmul_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return _table(("weight", "activations", "case", "N x K", *(f"M = {m}" for m in sizes), "kernels"), lines)
 
 
+def train_table() -> str:
+    """Return the committed training results of every device: one line a block and recipe."""
+    parts = []
+    for path in sorted(_results().glob("*/train.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        rows = []
+        for r in report["rows"]:
+            if r["us"] is None:
+                rows.append((r["block"], r["recipe"], "not measured", "", "", "", r["note"]))
+                continue
+            named = {name: f"{us / 1e3:.1f}" for name, us in r["breakdown"].items()}
+            casts = "+".join(us for name, us in named.items() if name.startswith("cast")) or "0"
+            gemms = "+".join(named[name] for name in ("fprop", "dgrad", "wgrad") if name in named)
+            kernels = ", ".join(f"`{name}`" for name in dict.fromkeys(r["kernels"].values()))
+            numbers = (f"{r['us'] / 1e3:.1f} ms, {r['speedup']:.2f}x", f"{r['saved_ratio']:.2f}x", gemms, casts)
+            rows.append((r["block"], r["recipe"], *numbers, kernels))
+        columns = ("block", "recipe", "step", "saved", "fprop+dgrad+wgrad ms", "casts ms", "kernels")
+        parts += [_bench_head(report), _table(columns, rows)]
+    return "\n\n".join(parts) or "No results are committed yet."
+
+
+def tiny_lm_tables() -> str:
+    """Return the committed results of `examples/tiny_lm.py`: final losses by recipe, perplexities by what quantizes."""
+    parts = []
+    for path in sorted(_results().glob("*/tiny_lm.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        losses: dict[str, list[Any]] = {}
+        for run in report["runs"]:
+            losses.setdefault(run["recipe"], []).append(run)
+        rows = []
+        for recipe, runs in losses.items():
+            found = [run["final_loss"] for run in runs]
+            ratios = [run["ratio_to_bf16"] for run in runs if run.get("ratio_to_bf16")]
+            change = f"{100 * (sum(ratios) / len(ratios) - 1):+.2f} %" if ratios else ""
+            spread = f"{max(found) - min(found):.4f}" if len(found) > 1 else "one seed"
+            rows.append((recipe, f"{sum(found) / len(found):.4f}", change, spread))
+        parts += [
+            f"{report['environment']['device']}, {report['model']['parameters'] / 1e6:.1f} M parameters",
+            _table(("trained by", "held-out loss", "to bf16", "spread over seeds"), rows),
+        ]
+        quantized = [
+            (
+                p["recipe"],
+                p["trained_by"],
+                str(p["seed"]),
+                f"{p['perplexity']:.4f}",
+                f"{100 * (p['ratio_to_bf16'] - 1):+.2f} %",
+            )
+            for p in report["perplexities"]
+        ]
+        if quantized:
+            parts.append(_table(("quantized by", "trained by", "seed", "perplexity", "to bf16"), quantized))
+    return "\n\n".join(parts) or "No results are committed yet."
+
+
 def _results() -> Path:
     return data_folder("formats").parent / "benchmarks" / "results"
 
@@ -193,6 +248,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ops": ops_list,
     "bench_quantize": bench_table,
     "bench_matmul": matmul_tables,
+    "bench_train": train_table,
+    "tiny_lm": tiny_lm_tables,
     "coverage": coverage_table,
 }
 
