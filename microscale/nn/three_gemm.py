@@ -12,6 +12,7 @@ backward advances: nothing waits for the host, and recomputing a forward (activa
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -109,6 +110,7 @@ class _ThreeGemm(torch.autograd.Function):
         needs_x, needs_w = (call.has_backward and needed for needed in ctx.needs_input_grad[:2])
         keeps = call.gemms.save == "quantized"
         ctx.call, ctx.shape, ctx.weight_dtype = call, weight_NK.shape, weight_NK.dtype
+        ctx.context = contextvars.copy_context()
         ctx.bias_dtype = None if bias is None else bias.dtype
         if x_TK.shape[0] == 0:
             return x_TK.new_zeros(0, weight_NK.shape[0])
@@ -125,16 +127,24 @@ class _ThreeGemm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy_TN: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Quantize the gradient for both GEMMs from one read; the bias gradient sums it unquantized, in FP32."""
-        main = ctx.call.state.main_grad
-        dw_dtype = ctx.weight_dtype if main is None else main.dtype
-        with _without_autocast(dy_TN.device.type):
-            dbias = dy_TN.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-            dx_TK, dw_NK = _gradients(ctx, dy_TN, dw_dtype)
-            if main is not None and dw_NK is not None:
-                main.add_(dw_NK)
-                dw_NK = None
-        return dx_TK, dw_NK, dbias, None
+        """Quantize the gradient for both GEMMs from one read; the bias gradient sums it unquantized, in FP32.
+
+        In the context of the forward (`strict`, `exact_products`, `use_backend`): autograd's threads have their own.
+        """
+        made: tuple[torch.Tensor | None, ...] = ctx.context.run(_backward, ctx, dy_TN)
+        return made
+
+
+def _backward(ctx: Any, dy_TN: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    main = ctx.call.state.main_grad
+    dw_dtype = ctx.weight_dtype if main is None else main.dtype
+    with _without_autocast(dy_TN.device.type):
+        dbias = dy_TN.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        dx_TK, dw_NK = _gradients(ctx, dy_TN, dw_dtype)
+        if main is not None and dw_NK is not None:
+            main.add_(dw_NK)
+            dw_NK = None
+    return dx_TK, dw_NK, dbias, None
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:

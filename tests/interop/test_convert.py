@@ -18,7 +18,8 @@ from microscale.interop import folder as folders
 from microscale.interop.checkpoint import Checkpoint
 from microscale.interop.safetensors_stream import SafetensorsFile
 
-DYNAMIC = [name for name in ms.list_recipes() if not name.endswith("static")]
+INFERENCE = [name for name in ms.list_recipes() if not ms.find_recipe(name).is_training]
+DYNAMIC = [name for name in INFERENCE if not name.endswith("static")]
 
 
 def tree(folder: Path) -> dict[str, bytes]:

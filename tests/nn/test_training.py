@@ -1,10 +1,12 @@
 """The numerics of quantized training: against high precision, the inference quantizer, and GEMMs written out."""
 
+import threading
+
 import pytest
 import torch
 
 import microscale as ms
-from microscale import ops
+from microscale import dispatch, ops
 from microscale.nn import GemmState, observe, three_gemm
 from microscale.spec.training import LayerGemms
 from microscale.tensor import BlockScaledTensor
@@ -309,3 +311,18 @@ class TestObserve:
             pass
         run(gemms_of("mxfp8_train"), normal(4, 32), normal(32, 32), None, normal(4, 32))
         assert not seen
+
+
+def test_the_backward_obeys_what_was_in_force():
+    """`use_backend` and its like belong to a thread, and autograd runs backwards on threads of its own."""
+    recipe = ms.find_recipe("mxfp8_train").resolved([])
+    x, w = torch.randn(32, 64, requires_grad=True), torch.randn(32, 64, requires_grad=True)
+    with ms.use_backend("reference"):
+        y = three_gemm(x, w, None, recipe.gemms_of(recipe.rules[-1]))
+    seen = []
+    with observe(lambda layer, gemm, *rest: seen.append((gemm, dispatch._backend.get()))):
+        thread = threading.Thread(target=lambda: y.sum().backward())
+        thread.start()
+        thread.join()
+    assert ("dgrad", "reference") in seen and ("wgrad", "reference") in seen
+    assert x.grad is not None and dispatch._backend.get() is None

@@ -1,5 +1,6 @@
 """Training on a GPU: the CPU reference's bytes, no host synchronization, CUDA graphs, compiled by inductor."""
 
+import contextlib
 import copy
 
 import pytest
@@ -156,3 +157,29 @@ def test_saved_activations_by_the_allocator():
         del y  # with what it holds
     assert sizes[None] / sizes["mxfp8_train"] >= 1.8
     assert sizes[None] / sizes["nvfp4_train"] >= 3.2
+
+
+@pytest.mark.parametrize("name", ["mxfp8_train", "nvfp4_train"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(512, 1792), (1792, 512), (512, 512)])
+def test_products_of_a_real_step(name, inputs, outputs):
+    """As a language model trains: FP32 weights under autocast, 32768 tokens, gradients of very different sizes.
+
+    Against the reference backend on the same GPU: equal bytes, so outputs and gradients differ by the products alone.
+    """
+    tokens, g = 32768, gemms_of(name)
+    x, w = normal(tokens, inputs).cuda(), normal(outputs, inputs, seed=1).float().cuda() * 0.02
+    sizes = torch.randn(tokens, 1, generator=torch.Generator().manual_seed(3)).mul(3).exp()
+    dy = (normal(tokens, outputs, seed=2) * sizes * 1e-6).bfloat16().cuda()
+    found = {}
+    for backend in ("reference", None):
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        with contextlib.ExitStack() as stack:
+            if backend is not None:
+                stack.enter_context(ms.use_backend(backend))
+            with torch.autocast("cuda", torch.bfloat16):
+                y = three_gemm(a, b, None, g, GemmState(rounding=torch.tensor([5, 8], device="cuda")))
+            y.backward(dy)  # which obeys what the forward did
+        found[backend] = (y.detach(), a.grad, b.grad)
+    for wanted, got in zip(found["reference"], found[None], strict=True):
+        error = (got.double() - wanted.double()).norm() / wanted.double().norm()
+        assert got.dtype == wanted.dtype and float(error) < 4e-3
