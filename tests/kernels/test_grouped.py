@@ -103,11 +103,11 @@ def test_the_threshold_looks_at_the_shape_class_only():
     """Selections are cached by it."""
     few, many = "triton.grouped_matmul", "triton.grouped_two_pass"
     for experts, tokens, chosen in (
-        (8, 4096, few),
-        (8, 4097, many),
-        (5, 4096, few),
-        (64, 2**15, few),
-        (64, 2**16, many),
+        (8, 1024, few),
+        (8, 1025, many),
+        (5, 1024, few),
+        (64, 2**13, few),
+        (64, 2**14, many),
     ):
         assert explained(operand((tokens, 512)), operand((experts, 512, 512), "mxfp4")).chosen == chosen
     assert explained(operand((0, 512)), operand((8, 512, 512), "mxfp4")).chosen == few
