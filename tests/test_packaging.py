@@ -71,7 +71,9 @@ def test_wheel_holds_every_yaml_byte_for_byte(wheel):
 def test_wheel_holds_all_code_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    code = {p.relative_to(ROOT).as_posix() for p in (ROOT / "microscale").rglob("*.py")} | {"microscale/py.typed"}
+    folder = ROOT / "microscale"
+    code = {p.relative_to(ROOT).as_posix() for p in (*folder.rglob("*.py"), *folder.rglob("tunings/*.json"))}
+    code |= {"microscale/py.typed"}
     assert {n for n in names if not n.startswith((INFO, "microscale/_data/"))} == code
     assert wheel.stat().st_size < 2_000_000
 
