@@ -13,15 +13,14 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 import microscale as ms
 from microscale.kernels.triton import fragments, jit_fragments
-from microscale.kernels.triton.fragment_tuning import Tuning
+from microscale.kernels.triton.fragment_tuning import by_rule
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"x": "*i32", "words": "*i32", "scales": "*i32", "outer": "*fp32", "bias": "*bf16", "out": "*bf16"}
 FORMATS = ("mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8")
 CASES = {
-    **{f"matmul {f} {e}": (f, e) for f in FORMATS for e in (1,)},
-    "matmul mxfp4 2": ("mxfp4", 2),
-    "matmul mxfp4 8": ("mxfp4", 8),
+    **{f"matmul {f} {e}": (f, e) for f in FORMATS for e in (1, 8)},
+    **{f"matmul {f} {e}": (f, e) for f in ("mxfp4", "nvfp4") for e in (2, 4)},
     **{f"dequantize {f}": (f, 0) for f in FORMATS},
 }
 
@@ -31,8 +30,8 @@ def compiled(case: str, capability: int) -> dict[str, object]:
     name, eights = CASES[case]
     fmt, pointers = ms.find_format(name), dict(POINTERS)
     if eights:
-        units = 4 if eights < 8 else 2
-        plan = fragments.plan_of(fmt, Tuning(units, 2, 4, 1), eights, int(fmt.outer_scale is not None), False)
+        cut = by_rule(fmt, eights, 8192, 28672, 132, (capability // 10, capability % 10))
+        plan = fragments.plan_of(fmt, cut, eights, int(fmt.outer_scale is not None), False)
         kernel, constants, warps = jit_fragments.matmul_fragments, plan.constants, plan.warps
     else:
         kernel, constants, warps = jit_fragments.dequantize_fragments, fragments._dequantize_constants(fmt), 4
