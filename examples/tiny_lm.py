@@ -7,67 +7,40 @@ Every run of a seed starts from the same weights and sees the same bytes in the 
 recipe. Ablations are recipes too: nvfp4_train-no_hadamard is nvfp4_train with that field taken out. After each bf16
 run, its weights are quantized by every inference recipe, and the held-out perplexity of each is measured; after
 quantization-aware training, that under the recipe it is meant for. --out writes all as JSON after every run, --picture
-draws the loss curves; an interrupt or --seconds keeps what there is.
+draws the loss curves; an interrupt or --seconds keeps what there is. --jobs makes several runs at once, each in a
+process of its own; one that fails is listed with its reason, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
 import dataclasses
 import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_lm_model import Config, Corpus, TinyLM, read_corpus
+from tiny_lm_model import Config, TinyLM, read_corpus
+from tiny_lm_train import ABLATIONS, PLAIN, Setup, Size, perplexities, recipe_of, train
 
 import microscale as ms
 from microscale.bench.timing import environment
-from microscale.nn.diagnostics import diagnose
-from microscale.report.training import diagnostics_to_png, losses_to_png
+from microscale.report.training import losses_to_png, over_seeds, over_seeds_text
 
-PLAIN = "bf16"
-ABLATIONS: dict[str, dict[str, object]] = {  # what is changed in every quantizer of a recipe that has it
-    "no_hadamard": {"hadamard": None},
-    "no_stochastic": {"rounding": "nearest_even"},
-    "no_2d": {"scale_tile": None},
-}
 ABLATED = "nvfp4_train"  # whose ablations `--recipes all` runs
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """A model with what it is trained on: `batch` sequences a step, `eval_windows` sequences held out."""
-
-    model: Config
-    batch: int
-    steps: int
-    eval_windows: int
-    lr: float
-
-
 SIZES = {
     "tiny": Size(Config(dim=64, layers=2, heads=4, kv_heads=2, ffn=192, length=64), 8, 200, 64, 2e-3),
-    "30m": Size(Config(), 64, 400, 1024, 1e-3),
+    "30m": Size(Config(), 64, 400, None, 1e-3),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What all runs share."""
-
-    size: Size
-    corpus: Corpus
-    device: torch.device
-    compile: bool = False
-    diagnostics: Path | None = None
+CHANGED = ("steps", "batch", "lr", "warmup", "floor", "average")  # options that replace what a size says
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,19 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (options.picture or options.diagnostics) and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("drawing needs matplotlib: pip install matplotlib")
     device = torch.device(options.device)
-    size = SIZES[options.size or ("30m" if device.type == "cuda" else "tiny")]
-    size = dataclasses.replace(size, batch=options.batch or size.batch, steps=options.steps or size.steps)
-    setup = Setup(size, read_corpus(size.model.length, device), device, options.compile, options.diagnostics)
+    options.size = options.size or ("30m" if device.type == "cuda" else "tiny")
+    given = {key: getattr(options, key) for key in CHANGED if getattr(options, key) is not None}
+    size = dataclasses.replace(SIZES[options.size], **given)
+    corpus = read_corpus(size.model.length, device)
+    setup = Setup(size, corpus, device, options.compile, options.diagnostics, options.eager)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     result: dict[str, Any] = {
-        "environment": environment(device) | {"corpus": setup.corpus.facts},
+        "environment": environment(device) | {"corpus": corpus.facts, "jobs": options.jobs},
         "model": describe(setup),
         "runs": [],
         "perplexities": [],
         "skipped": [],
     }
+    names = wanted(options.recipes)
+    todo = [(name, seed) for seed in seeds for name in names]  # what is cut off is a whole seed
     try:
-        run_all(setup, result, wanted(options.recipes), seeds, options)
+        (run_here if options.jobs == 1 else run_apart)(setup, result, todo, options)
     except KeyboardInterrupt:
         result["environment"]["interrupted"] = True
     write(result, options)
@@ -105,187 +82,20 @@ def arguments() -> argparse.ArgumentParser:
     say("--size", choices=SIZES, help="default 30m on cuda, tiny on cpu")
     say("--steps", type=int, help="optimizer steps of a run")
     say("--batch", type=int, help="sequences of a step")
+    say("--lr", type=float, help="peak learning rate")
+    say("--warmup", type=float, help="share of the steps in which the learning rate rises")
+    say("--floor", type=float, help="share of the peak learning rate at the end")
+    say("--average", type=float, help="evaluate the mean of the weights over this last share of the steps")
     say("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     say("--compile", action="store_true", help="torch.compile the model")
+    say("--eager", action="store_true", help="no CUDA graphs")
+    say("--losses-only", action="store_true", help="no perplexities of quantized models")
+    say("--jobs", type=int, default=1, help="runs at once, each in a process of its own on the same device")
     say("--seconds", type=float, default=math.inf, help="start no run that would likely end after so long")
-    say("--diagnostics", type=Path, help="folder: what quantizing did, in eight steps of each run")
+    say("--diagnostics", type=Path, help="folder: what quantizing did, in eight steps of each run; without CUDA graphs")
     say("--out", type=Path, help="JSON file")
     say("--picture", type=Path, help="PNG file; needs matplotlib")
     return parser
-
-
-# -- the runs ----------------------------------------------------------------------------------------------------------
-
-
-def run_all(
-    setup: Setup, result: dict[str, Any], recipes: Sequence[str], seeds: Sequence[int], options: argparse.Namespace
-) -> None:
-    """Run every recipe with every seed, seeds outermost, so that what is cut off is a whole seed."""
-    start, taken = time.perf_counter(), 0.0
-    for seed in seeds:
-        for name in recipes:
-            begin = time.perf_counter()
-            if begin - start + taken > options.seconds:
-                result["skipped"].append({"recipe": name, "seed": seed, "reason": "out of time"})
-                continue
-            run, model = train(setup, name, seed)
-            result["runs"].append(run)
-            result["perplexities"] += perplexities(setup, model, name, seed)
-            taken = max(taken, time.perf_counter() - begin)
-            relate(result)
-            print(f"{time.perf_counter() - start:6.1f} s  {line(run)}", file=sys.stderr, flush=True)
-            write(result, options)
-
-
-def train(setup: Setup, name: str, seed: int) -> tuple[dict[str, Any], TinyLM]:
-    """Train one model by one recipe; return its record and the model."""
-    size, device = setup.size, setup.device
-    torch.manual_seed(seed)
-    model = TinyLM(size.model).to(device)  # made on the CPU: the same weights everywhere
-    state = None if name == PLAIN else ms.prepare_training_(model, recipe_of(name), seed=seed)
-    forward = torch.compile(model) if setup.compile else model
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=size.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    batches = setup.corpus.order(size.steps, size.batch, seed)
-    losses = torch.zeros(size.steps, device=device)
-    held_out: list[tuple[int, float]] = []
-    clock = Clock(device)
-    with diagnosed(setup, name, seed) as observed:
-        for step in range(size.steps):
-            if step == min(10, size.steps // 2):
-                clock.start(step)  # kernels are compiled by now
-            for group in optimizer.param_groups:
-                group["lr"] = size.lr * schedule(step, size.steps)
-            loss = loss_of(forward, setup.corpus.batch(batches[step]))
-            losses[step] = loss.detach()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if state is not None:
-                state.step((step + 1) / size.steps)
-            observed()
-            if (step + 1) % every_eighth(size) == 0 and step + 1 < size.steps:
-                with clock.paused():
-                    held_out.append((step + 1, evaluate(setup, forward, size.eval_windows // 4)))
-    seconds, counted = clock.stop(size.steps)
-    held_out.append((size.steps, final := evaluate(setup, forward, size.eval_windows)))
-    rate = counted * size.batch * size.model.length / seconds
-    return record(name, seed, setup, losses, held_out) | {
-        "final_loss": number(final),
-        "tokens_per_s": rate,
-        "layers": 0 if state is None else len(state.layers),
-    }, model
-
-
-def every_eighth(size: Size) -> int:
-    """How many steps pass between evaluations, and between diagnoses."""
-    return max(1, size.steps // 8)
-
-
-@contextlib.contextmanager
-def diagnosed(setup: Setup, name: str, seed: int) -> Iterator[Callable[[], None]]:
-    """Give what to call after each step; with --diagnostics, steps before evaluations are watched and drawn."""
-    if setup.diagnostics is None or name == PLAIN:
-        yield lambda: None
-        return
-    path = setup.diagnostics / f"{name}-{seed}.jsonl"
-    path.unlink(missing_ok=True)
-    with diagnose(every=every_eighth(setup.size), to=path, start=1) as watch:
-        yield watch.step
-    if watch.rows:
-        diagnostics_to_png(watch.rows, path.with_suffix(".png"))
-
-
-def record(
-    name: str, seed: int, setup: Setup, losses: torch.Tensor, held_out: Sequence[tuple[int, float]]
-) -> dict[str, Any]:
-    """Return what is written of a run: losses are means over intervals, in nats a byte, at the interval's last step."""
-    steps = len(losses)
-    every = max(1, steps // 100)
-    ends = range(every, steps + 1, every)
-    means = [losses[end - every : end].double().mean().item() for end in ends]
-    return {
-        "recipe": name,
-        "seed": seed,
-        "steps": steps,
-        "tokens": steps * setup.size.batch * setup.size.model.length,
-        "losses": [[end, number(mean)] for end, mean in zip(ends, means, strict=True)],
-        "held_out": [[step, number(loss)] for step, loss in held_out],
-    }
-
-
-def loss_of(model: Callable[..., torch.Tensor], tokens: torch.Tensor, autocast: bool = True) -> torch.Tensor:
-    """Mean cross entropy of the next byte, in nats; tokens [B, L + 1]. Autocast: bf16 products of FP32 weights."""
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
-        logits = model(tokens[:, :-1])
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-
-
-@torch.no_grad()
-def evaluate(setup: Setup, model: Callable[..., torch.Tensor], windows: int, autocast: bool = True) -> float:
-    """Mean loss on held-out windows, the same ones for every model."""
-    rows = setup.corpus.held_out(windows).split(setup.size.batch)
-    total = sum(loss_of(model, row, autocast).double() * len(row) for row in rows)
-    return float(total) / sum(map(len, rows))
-
-
-def perplexities(setup: Setup, model: TinyLM, trained_by: str, seed: int) -> list[dict[str, Any]]:
-    """Held-out perplexity per byte of a trained model in bfloat16, and quantized by the recipes it is of use for.
-
-    For a bf16 model these are all inference recipes, for quantization-aware training its own; else there are none.
-    """
-    names = [name for name in ms.list_recipes() if not ms.find_recipe(name).is_training]
-    if trained_by != PLAIN:
-        names = [name for name in (recipe_of(trained_by).inference,) if name is not None]
-        if not names:
-            return []
-    plain = copy.deepcopy(model)
-    if trained_by != PLAIN:
-        ms.finish_training_(plain, "high_precision")
-    plain = plain.to(torch.bfloat16)
-    examples = [setup.corpus.batch(row)[:, :-1] for row in setup.corpus.order(2, setup.size.batch, seed)]
-    losses = {PLAIN: evaluate(setup, plain, setup.size.eval_windows, autocast=False)}
-    for name in names:
-        quantized = copy.deepcopy(plain)
-        ms.quantize_(quantized, name, calibrate=examples)
-        losses[name] = evaluate(setup, quantized, setup.size.eval_windows, autocast=False)
-    return [
-        {"recipe": name, "trained_by": trained_by, "seed": seed, "loss": number(loss), "perplexity": number(exp(loss))}
-        for name, loss in losses.items()
-    ]
-
-
-class Clock:
-    """Wall-clock time of the steps alone; the device is waited for at each end of what counts."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.first, self.begin = device, 0.0, 0, 0.0
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def start(self, step: int) -> None:
-        """Forget what was measured, and count from this step on."""
-        self.seconds, self.first, self.begin = 0.0, step, self._now()
-
-    @contextlib.contextmanager
-    def paused(self) -> Any:
-        """Leave out what happens inside."""
-        self.seconds += self._now() - self.begin
-        yield
-        self.begin = self._now()
-
-    def stop(self, steps: int) -> tuple[float, int]:
-        """Return seconds and the number of steps that they took."""
-        return self.seconds + self._now() - self.begin, steps - self.first
-
-
-# -- recipes -----------------------------------------------------------------------------------------------------------
 
 
 def wanted(text: str) -> list[str]:
@@ -300,27 +110,103 @@ def wanted(text: str) -> list[str]:
     return sorted(dict.fromkeys(names), key=lambda name: name != PLAIN)
 
 
-def recipe_of(name: str) -> ms.RecipeSpec:
-    """Return a recipe by name, or what is left of it without something: RECIPE-no_hadamard."""
-    base, _, what = name.partition("-")
-    spec = ms.find_recipe(base)
-    if not what:
-        return spec
-    if what not in ABLATIONS:
-        raise SystemExit(f"no ablation {what!r}: it is one of {', '.join(ABLATIONS)}")
-    changed = {key: q.model_copy(update=ABLATIONS[what]) for key, q in spec.quantizers.items()}
-    if changed == spec.quantizers:
-        raise SystemExit(f"{base} has nothing that {what} would take out")
-    signs = tuple(key for key in spec.random_signs if changed[key].hadamard is not None)
-    return spec.model_copy(update={"name": f"{base}_{what}", "quantizers": changed, "random_signs": signs})
+# -- the runs ----------------------------------------------------------------------------------------------------------
+
+Todo = Sequence[tuple[str, int]]  # recipe and seed
 
 
-def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate: a linear rise over 5 % of the steps, then a cosine down to a tenth."""
-    rise = max(1, steps // 20)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+def run_here(setup: Setup, result: dict[str, Any], todo: Todo, options: argparse.Namespace) -> None:
+    """Make one run after the other in this process."""
+    start, taken = time.perf_counter(), 0.0
+    for name, seed in todo:
+        begin = time.perf_counter()
+        if begin - start + taken > options.seconds:
+            skip(result, name, seed, "out of time")
+            continue
+        run, model = train(setup, name, seed)
+        found = {"runs": [run], "perplexities": []}
+        if not options.losses_only:
+            found["perplexities"] = perplexities(setup, model, name, seed)
+        taken = max(taken, time.perf_counter() - begin)
+        add(result, found, todo, time.perf_counter() - start)
+        write(result, options)
+
+
+def run_apart(setup: Setup, result: dict[str, Any], todo: Todo, options: argparse.Namespace) -> None:
+    """Make `--jobs` runs at once, each by this script in a process of its own; what fails is skipped with its reason.
+
+    How fast a run is that shares the device with others says nothing: `tokens_per_s` is None.
+    """
+    start, taken, waiting = time.perf_counter(), 0.0, list(todo)
+    running: list[Job] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            while waiting or running:
+                while waiting and len(running) < options.jobs:
+                    name, seed = waiting.pop(0)
+                    if time.perf_counter() - start + taken > options.seconds:
+                        skip(result, name, seed, "out of time")
+                    else:
+                        running.append(Job(Path(folder), name, seed, options))
+                time.sleep(0.05)
+                for job in [job for job in running if job.process.poll() is not None]:
+                    running.remove(job)
+                    found = job.result()
+                    if isinstance(found, str):
+                        skip(result, job.name, job.seed, found)
+                        continue
+                    taken = max(taken, time.perf_counter() - job.begin)
+                    for run in found["runs"]:
+                        run["tokens_per_s"] = None
+                    add(result, found, todo, time.perf_counter() - start)
+                    write(result, options)
+        finally:
+            for job in running:
+                job.process.kill()
+                job.process.wait()
+
+
+class Job:
+    """One run in a process of its own."""
+
+    def __init__(self, folder: Path, name: str, seed: int, options: argparse.Namespace) -> None:
+        self.name, self.seed, self.begin = name, seed, time.perf_counter()
+        self.out, self.log = (folder / f"{name}-{seed}.{end}" for end in ("json", "log"))
+        words = [sys.executable, str(Path(__file__).resolve()), "--recipes", name, "--seeds", str(seed)]
+        for key in ("size", "device", "diagnostics", *CHANGED):
+            if getattr(options, key) is not None:
+                words += [f"--{key}", str(getattr(options, key))]
+        words += [f"--{key}" for key in ("compile", "eager", "losses-only") if getattr(options, key.replace("-", "_"))]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # imports what we import
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen([*words, "--out", str(self.out)], stdout=log, stderr=log, env=env)
+
+    def result(self) -> dict[str, Any] | str:
+        """What the ended process wrote, or why there is nothing: the last line that it said."""
+        if self.process.returncode == 0:
+            found: dict[str, Any] = json.loads(self.out.read_text(encoding="utf-8"))
+            return found
+        said = self.log.read_text(encoding="utf-8", errors="replace").strip()
+        print(f"-- {self.name}, seed {self.seed}\n{said}", file=sys.stderr, flush=True)
+        return f"exit code {self.process.returncode}: {said.splitlines()[-1] if said else 'it said nothing'}"
+
+
+def skip(result: dict[str, Any], name: str, seed: int, reason: str) -> None:
+    """Write down that there is no such run."""
+    result["skipped"].append({"recipe": name, "seed": seed, "reason": reason})
+    print(f"{name}, seed {seed}: {reason}", file=sys.stderr, flush=True)
+
+
+def add(result: dict[str, Any], found: dict[str, Any], todo: Todo, seconds: float) -> None:
+    """Add a run and its perplexities, in the order in which they were asked for, and relate all to bf16."""
+    place = {pair: i for i, pair in enumerate(todo)}
+    result["runs"] += found["runs"]
+    result["runs"].sort(key=lambda run: place[run["recipe"], run["seed"]])
+    result["perplexities"] += found["perplexities"]
+    result["perplexities"].sort(key=lambda row: place[row["trained_by"], row["seed"]])
+    relate(result)
+    for run in found["runs"]:
+        print(f"{seconds:6.1f} s  {line(run)}", file=sys.stderr, flush=True)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -329,18 +215,23 @@ def schedule(step: int, steps: int) -> float:
 def describe(setup: Setup) -> dict[str, Any]:
     """What is the same in all runs."""
     size = setup.size
-    parameters = sum(p.numel() for p in TinyLM(size.model).parameters())
     return dataclasses.asdict(size.model) | {
-        "parameters": parameters,
+        "parameters": sum(p.numel() for p in TinyLM(size.model).parameters()),
         "tokens_per_step": size.batch * size.model.length,
         "learning_rate": size.lr,
-        "held_out_tokens": len(setup.corpus.held_out(size.eval_windows)) * size.model.length,
+        "warmup": size.warmup,
+        "floor": size.floor,
+        "average": size.average,
+        "held_out_tokens": setup.held_out * size.model.length,
         "compiled": setup.compile,
     }
 
 
 def relate(result: dict[str, Any]) -> None:
-    """Set the ratios to bf16 of the same seed: of a run's final loss, and of a perplexity without quantization."""
+    """Set the ratios to bf16 of the same seed, and what the seeds come to.
+
+    A run's final loss is held against bf16's, a perplexity against that of bf16 training without quantization.
+    """
     runs, rows = result["runs"], result["perplexities"]
     base = {run["seed"]: run["final_loss"] for run in runs if run["recipe"] == PLAIN}
     plain = {row["seed"]: row["perplexity"] for row in rows if row["recipe"] == row["trained_by"] == PLAIN}
@@ -348,16 +239,8 @@ def relate(result: dict[str, Any]) -> None:
         for row in found:
             ours, theirs = row[key], known.get(row["seed"])
             row["ratio_to_bf16"] = ours / theirs if ours is not None and theirs else None
-
-
-def exp(value: float) -> float:
-    """e to a power; inf where that is too large."""
-    return math.exp(value) if value < 700 else math.inf
-
-
-def number(value: float) -> float | None:
-    """JSON has no NaN and no infinity: None."""
-    return value if math.isfinite(value) else None
+    result["summary"] = over_seeds(runs, "final_loss")
+    result["perplexity_summary"] = over_seeds(rows, "perplexity", ("recipe", "trained_by"))
 
 
 def write(result: dict[str, Any], options: argparse.Namespace) -> None:
@@ -373,19 +256,23 @@ def line(run: dict[str, Any]) -> str:
     """One line on a run."""
     loss = "not finite" if run["final_loss"] is None else f"{run['final_loss']:.4f}"
     ratio = "-" if run["ratio_to_bf16"] is None else f"{100 * (run['ratio_to_bf16'] - 1):+.2f} %"
-    return f"{run['recipe']:<28} {run['seed']:>4}  {loss:>10}  {ratio:>8}  {run['tokens_per_s']:>10.0f}"
+    rate = "-" if run["tokens_per_s"] is None else f"{run['tokens_per_s']:.0f}"
+    return f"{run['recipe']:<28} {run['seed']:>4}  {loss:>10}  {ratio:>8}  {rate:>10}"
 
 
 def table(result: dict[str, Any]) -> str:
-    """The results as text: runs, then perplexities."""
+    """The results as text: runs, what seeds come to, then perplexities."""
     rows = [f"{'recipe':<28} {'seed':>4}  {'held out':>10}  {'to bf16':>8}  {'tokens/s':>10}"]
     rows += [line(run) for run in result["runs"]]
-    rows += ["", f"{'quantized by':<20} {'trained by':<12} {'seed':>4}  {'perplexity':>10}  {'to bf16':>8}"]
-    for row in result["perplexities"]:
-        perplexity, ratio = row["perplexity"], row["ratio_to_bf16"]
-        numbers = "not finite" if perplexity is None else f"{perplexity:>10.4f}"
-        numbers += "" if ratio is None else f"  {100 * (ratio - 1):>+6.2f} %"
-        rows.append(f"{row['recipe']:<20} {row['trained_by']:<12} {row['seed']:>4}  {numbers}")
+    rows += ["", f"{'recipe':<28} {'seeds':>5}  {'held out':>18}  {'to bf16':>18}"]
+    for row in result.get("summary", []):
+        mean, ratio = over_seeds_text(row)
+        rows.append(f"{row['recipe']:<28} {row['seeds']:>5}  {mean:>18}  {ratio:>18}")
+    rows += ["", f"{'quantized by':<20} {'trained by':<12} {'seeds':>5}  {'perplexity':>18}  {'to bf16':>18}"]
+    for row in result.get("perplexity_summary", []):
+        mean, ratio = over_seeds_text(row)
+        rows.append(f"{row['recipe']:<20} {row['trained_by']:<12} {row['seeds']:>5}  {mean:>18}  {ratio:>18}")
+    rows += [f"skipped: {row['recipe']}, seed {row['seed']}: {row['reason']}" for row in result["skipped"]]
     return "\n".join(rows)
 
 

@@ -30,6 +30,15 @@ class Config:
     tied: bool = False
 
 
+class Norm(torch.nn.RMSNorm):
+    """RMSNorm to the dtype of the products that read it: under autocast cast once, not once for each of them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., dim] to [..., dim]."""
+        device = x.device.type
+        return super().forward(x).to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+
+
 class Attention(torch.nn.Module):
     """Causal attention with rotary positions; fewer heads of keys and values than of queries are shared."""
 
@@ -71,9 +80,9 @@ class Block(torch.nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.input_layernorm = torch.nn.RMSNorm(config.dim, eps=1e-5)
+        self.input_layernorm = Norm(config.dim, eps=1e-5)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = torch.nn.RMSNorm(config.dim, eps=1e-5)
+        self.post_attention_layernorm = Norm(config.dim, eps=1e-5)
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -90,7 +99,7 @@ class TinyLM(torch.nn.Module):
         self.config = config
         self.embed_tokens = torch.nn.Embedding(config.vocabulary, config.dim)
         self.layers = torch.nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = torch.nn.RMSNorm(config.dim, eps=1e-5)
+        self.norm = Norm(config.dim, eps=1e-5)
         self.lm_head = torch.nn.Linear(config.dim, config.vocabulary, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
@@ -116,9 +125,13 @@ def rotations(length: int, width: int, device: torch.device) -> tuple[torch.Tens
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [B, H, L, width], first half against second half, in FP32; the result has x's dtype."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    """Rotate x [B, H, L, width], first half against second half, in FP32; the result has x's dtype.
+
+    The angles are FP32, so the products are, without a copy of x in FP32.
+    """
+    a, b = x.chunk(2, -1)
+    halves = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    return torch.cat([half.to(x.dtype) for half in halves], -1)
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -146,9 +159,14 @@ class Corpus:
         """Sequences that start there, with the byte after: int64 [batch, length + 1]."""
         return self._windows(self.train, starts)
 
+    @property
+    def windows(self) -> int:
+        """How many sequences the held-out text has, none overlapping."""
+        return (len(self.test) - 1) // self.length
+
     def held_out(self, windows: int) -> torch.Tensor:
         """So many sequences (or all, if there are fewer), evenly spread over the held-out text, none overlapping."""
-        count = (len(self.test) - 1) // self.length
+        count = self.windows
         chosen = torch.arange(min(windows, count), device=self.test.device) * count // min(windows, count)
         return self._windows(self.test, chosen * self.length)
 

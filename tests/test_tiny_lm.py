@@ -1,5 +1,8 @@
 """The language model that is trained on Python's own source: it learns, twice the same, with bf16 and with recipes."""
 
+import contextlib
+import copy
+import dataclasses
 import importlib
 import json
 import math
@@ -9,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim import optimizer
 
 import microscale as ms
 from microscale.nn.diagnostics import read_diagnostics
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RUN_KEYS = {
-    "recipe", "seed", "steps", "tokens", "losses", "held_out", "final_loss", "tokens_per_s", "layers", "ratio_to_bf16",
+    "recipe", "seed", "steps", "tokens", "losses", "held_out", "final_loss", "tokens_per_s", "layers", "graphs",
+    "ratio_to_bf16",
 }  # fmt: skip
 
 
@@ -27,7 +32,7 @@ def lm(monkeypatch):
     small = model.Config(dim=64, layers=2, heads=4, kv_heads=2, ffn=128, length=32)
     monkeypatch.setitem(module.SIZES, "tiny", module.Size(small, 8, 24, 16, 4e-3))
     yield module
-    for name in ("tiny_lm", "tiny_lm_model"):
+    for name in ("tiny_lm", "tiny_lm_train", "tiny_lm_model"):
         sys.modules.pop(name, None)
 
 
@@ -62,7 +67,9 @@ def test_recipes_learn_the_same_text(lm, tmp_path, capsys):
     ]
     for row in result["perplexities"]:
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"])) and abs(row["ratio_to_bf16"] - 1) < 0.05
-    assert set(result) == {"environment", "model", "runs", "perplexities", "skipped"}
+    assert set(result) == {
+        "environment", "model", "runs", "perplexities", "skipped", "summary", "perplexity_summary"
+    }  # fmt: skip
     assert result["environment"]["corpus"]["files"][0] > 10 * result["environment"]["corpus"]["files"][1] > 0
     text = capsys.readouterr().out
     assert all(name in text for name in [*names, *inference])
@@ -191,6 +198,147 @@ def test_positions_and_causality(lm):
     x = torch.randn(1, 2, 16, 8)
     rotated = model.rotate(x, *model.rotations(16, 8, x.device))
     assert torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1), atol=1e-5) and torch.equal(rotated[:, :, 0], x[:, :, 0])
+
+
+def test_what_seeds_come_to(lm, tmp_path, capsys):
+    result = run(lm, tmp_path, "--recipes", "mxfp8_train,bf16", "--seeds", "0,1,2", "--steps", "2", "--losses-only")
+    assert not result["perplexities"] and [row["recipe"] for row in result["summary"]] == ["bf16", "mxfp8_train"]
+    runs = by_recipe(result)
+    for row in result["summary"]:
+        found = torch.tensor([runs[row["recipe"], seed]["final_loss"] for seed in range(3)], dtype=torch.float64)
+        ratios = found / torch.tensor([runs["bf16", seed]["final_loss"] for seed in range(3)], dtype=torch.float64)
+        assert row["seeds"] == 3 and row["not_finite"] == 0
+        assert (row["mean"], row["std"]) == pytest.approx((float(found.mean()), float(found.std())))
+        assert (row["ratio"], row["ratio_se"]) == pytest.approx((float(ratios.mean()), float(ratios.std()) / 3**0.5))
+    assert f"{result['summary'][1]['mean']:.4f} ± " in capsys.readouterr().out
+
+
+def test_the_learning_rate(lm):
+    train = importlib.import_module("tiny_lm_train")
+    size = lm.Size(lm.SIZES["tiny"].model, 8, 100, 16, 1.0, warmup=0.2, floor=0.25)
+    rates = [train.schedule(step, size) for step in range(100)]
+    assert rates[0] == 1 / 20 and rates[19] == 1 == max(rates) and rates.index(1) == 19
+    assert rates[19:] == sorted(rates[19:], reverse=True) and rates[-1] == pytest.approx(0.25, abs=1e-3)
+
+
+def test_options_replace_what_the_size_says(lm, tmp_path):
+    options = ["--lr", "0.001", "--warmup", "0.5", "--floor", "0.1", "--average", "0.5", "--batch", "4", "--steps", "4"]
+    model = run(lm, tmp_path, "--recipes", "bf16", "--losses-only", *options)["model"]
+    assert (model["learning_rate"], model["warmup"], model["floor"], model["average"]) == (0.001, 0.5, 0.1, 0.5)
+    assert model["tokens_per_step"] == 4 * 32
+
+
+def test_the_mean_of_the_last_weights_is_evaluated(lm):
+    train, setup = importlib.import_module("tiny_lm_train"), setup_of(lm, steps=6, average=0.5)
+    model = train.TinyLM(setup.size.model)
+    steps, seen = train.Steps(setup, model, model, 0), []
+    for _ in range(6):
+        steps()
+        seen.append([p.detach().clone() for p in model.parameters()])
+    steps.finish()
+    for p, *last in zip(model.parameters(), *seen[3:], strict=True):
+        torch.testing.assert_close(p.detach(), torch.stack(last).mean(0))
+
+
+def setup_of(lm, device="cpu", **changes):
+    size = dataclasses.replace(lm.SIZES["tiny"], **changes)
+    return lm.Setup(size, lm.read_corpus(size.model.length, torch.device(device)), torch.device(device))
+
+
+class Graph:
+    """What a CUDA graph is to the host: replays do the step, and nothing in Python notices."""
+
+    capturing = None
+
+    def replay(self):
+        before = [(p, p._version) for p in self.steps.parameters]
+        hooks, optimizer._global_optimizer_post_hooks = optimizer._global_optimizer_post_hooks, {}
+        self.steps.really()
+        optimizer._global_optimizer_post_hooks = hooks
+        for p, version in before:
+            torch._C._autograd._unsafe_set_version_counter((p,), (version,))
+
+    @contextlib.contextmanager
+    def capture(self, stream):
+        Graph.capturing = self
+        yield
+        Graph.capturing = None
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "captured"), [("bf16", 8, 1), ("mxfp8_train", 8, 1), ("nvfp4_then_bf16", 40, 2)]
+)
+def test_what_the_host_does_with_graphs(lm, monkeypatch, name, steps, captured):
+    """Three eager steps, a capture, replays; the same losses; evaluations see the weights that replays changed."""
+    train, setup = importlib.import_module("tiny_lm_train"), setup_of(lm, steps=steps)
+    eager, _ = train.train(setup, name, 0)
+    made = []
+
+    class Captured(train.Steps):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.captures = True
+            made.append(0)
+
+        really = train.Steps._step
+
+        def _step(self):
+            if Graph.capturing is None:
+                made[-1] += 1
+                self.really()
+            else:
+                Graph.capturing.steps = self
+
+    monkeypatch.setattr(train, "Steps", Captured)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Graph.capture)
+    for function in ("current_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, function, lambda *args: None)
+    replayed, _ = train.train(setup, name, 0)
+    assert (eager["graphs"], replayed["graphs"], made) == (0, captured, [3 * captured])
+    for key in ("losses", "held_out", "final_loss"):
+        assert eager[key] == replayed[key], key
+
+
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own(lm, tmp_path, monkeypatch):
+    """The same as one after the other; one that fails has its reason."""
+    monkeypatch.undo()  # the processes have sizes of their own
+    arguments = ["--recipes", "bf16,qat_mxfp4", "--steps", "2", "--batch", "2"]
+    apart = run(lm, tmp_path, *arguments, "--jobs", "2")
+    assert apart["environment"]["jobs"] == 2 and not apart["skipped"]
+    here = run(lm, tmp_path, *arguments)
+    for one, other in zip(apart["runs"], here["runs"], strict=True):
+        assert one["tokens_per_s"] is None and other["tokens_per_s"] > 0
+        assert {**one, "tokens_per_s": 0} == {**other, "tokens_per_s": 0}
+    assert apart["perplexities"] == here["perplexities"] and apart["summary"] == here["summary"]
+
+
+def test_a_failed_process_is_skipped(lm, tmp_path, monkeypatch):
+    script = tmp_path / "fails.py"
+    script.write_text("import sys; print(1); sys.exit('no luck')")
+    monkeypatch.setattr(lm, "__file__", str(script))
+    result = run(lm, tmp_path, "--recipes", "bf16,mxfp8_train", "--jobs", "2")
+    reasons = [(row["recipe"], row["reason"]) for row in result["skipped"]]
+    assert not result["runs"] and sorted(reasons) == [(n, "exit code 1: no luck") for n in ("bf16", "mxfp8_train")]
+    late = run(lm, tmp_path, "--recipes", "bf16", "--jobs", "2", "--seconds", "0")
+    assert [row["reason"] for row in late["skipped"]] == ["out of time"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bf16", "mxfp8_train", "nvfp4_train", "nvfp4_then_bf16"])
+def test_graphs_and_eager_steps_train_alike(lm, name):
+    """Attention without atomics, so that nothing differs by chance; evaluations see the weights of the last replay."""
+    train, setup = importlib.import_module("tiny_lm_train"), setup_of(lm, "cuda", steps=40)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        eager, _ = train.train(dataclasses.replace(setup, eager=True), name, 0)
+        replayed, model = train.train(setup, name, 0)
+        again = train.evaluate(setup, copy.deepcopy(model), setup.held_out)  # a copy has no cached weights
+    assert (eager["graphs"], replayed["graphs"]) == (0, 2 if name == "nvfp4_then_bf16" else 1)
+    for key in ("losses", "held_out"):
+        one, other = (torch.tensor(run[key], dtype=torch.float64) for run in (eager, replayed))
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=0)
+    assert replayed["final_loss"] == again
 
 
 @pytest.mark.gpu

@@ -1,7 +1,9 @@
 """Quantized weights, kept from one call to the next until the weight changes: once a step, however many micro-batches.
 
 A weight has changed if its version counter, its memory or its dtype has, or if any torch optimizer made a step (some
-write through `.data`, which no counter sees). Code that writes through `.data` outside of an optimizer calls `drop`.
+write through `.data`, which no counter sees). What else changes a weight has to say so: code that writes through
+`.data` outside of an optimizer calls `drop`, and a loop that replays a CUDA graph, which bumps no counter and calls no
+hook, calls `Training.step` (or `set_progress`) after each replay, lest an eager evaluation reads old weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Pictures of training, drawn with matplotlib (extra `report`): loss curves of recipes, and what diagnostics found."""
+"""What runs of training come to: numbers over seeds; pictures, drawn with matplotlib (extra `report`), of loss curves
+and of what diagnostics found.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,59 @@ from microscale.report.picture import _COLORS, _FAINT, _FONT, _INK, _figure_clas
 
 _PANEL = (6.4, 4.4)  # inches
 _DASHES = ("-", "--", ":", "-.")  # colours first, then dashes, so that many curves can be told apart
+
+
+def over_seeds(rows: Iterable[Mapping[str, Any]], value: str, by: Sequence[str] = ("recipe",)) -> list[dict[str, Any]]:
+    """Return what rows that differ by their `seed` come to: one row for each value of the keys `by`, in their order.
+
+    Args:
+        rows: with `seed`, the keys of `by`, the number `value` (None: not finite) and `ratio_to_bf16`, that number
+            against bf16's of the same seed (None or missing: there is none).
+        value: the number's key.
+        by: what rows have in common that belong together.
+
+    Returns:
+        Rows of the keys `by`, `seeds` (how many), `not_finite` (how many of them have no number), `mean` and `std` of
+        the others, `ratio` (the mean of the ratios) and `ratio_se` (its standard error). Two seeds at least make a
+        `std` or a standard error, else it is None. Pairing takes out what seeds have in common, so the ratio is known
+        better than the means are.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in by), []).append(row)
+    made = []
+    for key, group in groups.items():
+        found = [row[value] for row in group if row[value] is not None]
+        ratios = [row["ratio_to_bf16"] for row in group if row.get("ratio_to_bf16") is not None]
+        error = _spread(ratios)
+        made.append(
+            dict(zip(by, key, strict=True))
+            | {"seeds": len(group), "not_finite": len(group) - len(found)}
+            | {"mean": _mean(found), "std": _spread(found), "ratio": _mean(ratios)}
+            | {"ratio_se": None if error is None else error / math.sqrt(len(ratios))}
+        )
+    return made
+
+
+def over_seeds_text(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return a row of `over_seeds` as text: `mean ± std`, and by how many percent it differs from bf16, ± its error."""
+    if row["mean"] is None:
+        return "not finite", ""
+    mean = f"{row['mean']:.4f}" + ("" if row["std"] is None else f" ± {row['std']:.4f}")
+    if row["not_finite"]:
+        mean += f" ({row['not_finite']} not finite)"
+    if row["ratio"] is None:
+        return mean, ""
+    error = "" if row["ratio_se"] is None else f" ± {100 * row['ratio_se']:.2f}"
+    return mean, f"{100 * (row['ratio'] - 1):+.2f}{error} %"
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def losses_to_png(runs: Sequence[Mapping[str, Any]], path: str | Path, *, dpi: int = 150) -> Path:
