@@ -17,6 +17,10 @@ are not counted). On a CPU it is the tensors that autograd saves. `saved_ratio` 
 
 `kernels` names what computes the products of the layer with the most work.
 
+In a block with experts, all of this includes the layers of experts, on as many tokens for each as a random router
+gives; sorting tokens by expert and summing them again is in `rest`. Tokens that a recipe's rounding sends to other
+experts than bf16 does count in `sqnr_db` like any other difference.
+
 Before it is timed, a step is held against bf16: `sqnr_db` of the block's output less its input, of the input's
 gradient, and of all weight gradients together. A row that is not finite or below 3 dB gets no time.
 """
@@ -27,28 +31,23 @@ import copy
 import dataclasses
 import functools
 import math
-import statistics
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from microscale.bench.blocks import BLOCKS, BlockSize, OneBlock, linears, make_block
+from microscale.bench.blocks import BLOCKS, BlockSize, Layer, OneBlock, linears, make_block
 from microscale.bench.product import Bench, failures, normal, raise_if_lost
 from microscale.bench.timing import BenchReport, Timer, Timing, environment
+from microscale.bench.train_parts import breakdown, time_step
 from microscale.errors import InputError
 from microscale.nn.training import Training, prepare_training_
-from microscale.ops import explain, matmul, quantize, quantize_both
-from microscale.spec.quantizer import QuantizerSpec
+from microscale.nn.training_experts import GroupedLinear
 from microscale.spec.recipe import RecipeSpec
 from microscale.spec.registry import RecipeLike, find_recipe, list_recipes
-from microscale.spec.training import LayerGemms
-from microscale.tensor import BlockScaledTensor
 
 PLAIN = "bf16"
 FLOOR_DB = 3.0  # worse than this is no rounding error
-Call = Callable[[], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +155,7 @@ class _Suite:
             shown = ", ".join(f"{key} {level:.1f} dB" for key, level in levels.items())
             return self._row(name, None, levels=levels, note=f"differs from bf16: {shown}")
         timing, timed = time_step(self.timer, step)
-        parts, kernels = _breakdown(self.size, block, recipe, self.timer)
+        parts, kernels = breakdown(self.size, block, recipe, self.timer)
         parts["rest"] = timing.us - sum(parts.values())
         saved = saved_bytes(block, training, self.size)
         return self._row(name, timing, saved, parts=parts, kernels=kernels, levels=levels, timed=timed)
@@ -217,111 +216,6 @@ def _sqnr(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
     return 10 * math.log10(signal / noise) if noise and signal else (math.inf if noise == 0 else math.nan)
 
 
-def time_step(timer: Timer, step: Call) -> tuple[Timing, str]:
-    """Time a step as a CUDA graph, or between events where it cannot be captured; also return which."""
-    if timer.device.type != "cuda":
-        step()
-        return timer.time(step), "wall"
-    step(), step()  # compile, tune and fill caches outside of a capture
-    try:
-        return timer.time(step), "cuda graph"
-    except RuntimeError:  # a host synchronization, or random numbers from the host
-        torch.cuda.synchronize(timer.device)
-        return _between_events(timer, step), "events"
-
-
-def _between_events(timer: Timer, step: Call) -> Timing:
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(timer.samples):
-        before.record()
-        step()
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after) * 1e3)
-    times.sort()
-    return Timing(statistics.median(times), times[-1 - len(times) // 10] - times[len(times) // 10])
-
-
-# -- the breakdown -----------------------------------------------------------------------------------------------------
-
-
-def _breakdown(
-    size: BlockSize, block: OneBlock, recipe: RecipeSpec | None, timer: Timer
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the time of each part, all linear layers together, and the kernels of the products of the largest.
-
-    Layers of one shape and rule are timed once.
-    """
-    layers = linears(block)
-    spec = None if recipe is None else recipe.resolved(layers)
-    alike = Counter((m.out_features, m.in_features, _gemms(spec, name)) for name, m in layers.items())
-    total: dict[str, float] = {}
-    kernels: dict[str, str] = {}
-    for n, k, gemms in sorted(alike, key=lambda key: key[0] * key[1]):
-        for part, call in _parts(size.tokens, n, k, gemms, timer.device):
-            total[part] = total.get(part, 0.0) + alike[n, k, gemms] * time_step(timer, call)[0].us
-            if call.func is _product:
-                kernels[part] = _kernel(*call.args)
-    return total, kernels
-
-
-def _gemms(recipe: RecipeSpec | None, name: str) -> LayerGemms:
-    rule = None if recipe is None else recipe.rule_for(name, "linear")
-    return LayerGemms() if recipe is None or rule is None else recipe.gemms_of(rule)
-
-
-def _parts(
-    m: int, n: int, k: int, gemms: LayerGemms, device: torch.device
-) -> Iterator[tuple[str, functools.partial[Any]]]:
-    """Yield the casts and products of one layer, ready to be called."""
-    x, w, dy = normal((m, k), device, 1), normal((n, k), device, 2) * k**-0.5, normal((m, n), device, 3)
-    seed = torch.tensor([0, 0], device=device)
-    casts = {
-        "cast input": (x, gemms.fprop_input, gemms.wgrad_input),
-        "cast weight": (w, gemms.fprop_weight, gemms.dgrad_weight),
-        "cast gradient": (dy, gemms.dgrad_grad_output, gemms.wgrad_grad_output),
-    }
-    made = {}
-    for part, (tensor, rows, columns) in casts.items():
-        call = functools.partial(_cast, tensor, rows, columns, seed)
-        made[part] = call()
-        if rows is not None or columns is not None:
-            yield part, call
-    (x_rows, x_columns), (w_rows, w_columns), (dy_rows, dy_columns) = made.values()
-    if gemms.wgrad_input_is_fprops:
-        x_columns = x_rows
-    if gemms.dgrad_weight_is_fprops:
-        w_columns = w_rows
-    yield "fprop", functools.partial(_product, x_rows, w_rows.transpose(0, 1))
-    yield "dgrad", functools.partial(_product, dy_rows, w_columns)
-    yield "wgrad", functools.partial(_product, dy_columns.transpose(0, 1), x_columns)
-
-
-def _cast(
-    x: torch.Tensor, rows: QuantizerSpec | None, columns: QuantizerSpec | None, seed: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize along rows, columns or both; an operand without a quantizer stays as it is."""
-    if rows is not None and columns is not None:
-        return quantize_both(x, rows, columns, generator=seed)
-    return (
-        x if rows is None else quantize(x, rows, generator=seed),
-        x if columns is None else quantize(x, columns, axis=-2, generator=seed),
-    )
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.matmul(a, b) if _are_plain(a, b) else matmul(a, b)
-
-
-def _kernel(a: torch.Tensor, b: torch.Tensor) -> str:
-    return "torch" if _are_plain(a, b) else explain("matmul", a, b.transpose(0, 1)).chosen or "none"
-
-
-def _are_plain(*operands: torch.Tensor) -> bool:
-    return not any(isinstance(t, BlockScaledTensor) for t in operands)
-
-
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -333,31 +227,40 @@ def saved_bytes(block: OneBlock, training: Training | None, size: BlockSize) -> 
     activations = weights = 0
     for layer in linears(block).values():
         measure = _allocated if layer.weight.is_cuda else _saved_tensors
-        once, twice = (measure(layer, training, (i * size.batch, size.length)) for i in (1, 2))
+        once, twice = (measure(layer, training, *_batch(layer, size, times)) for times in (1, 2))
         activations, weights = activations + twice - once, weights + max(0, 2 * once - twice)
     return activations, weights
 
 
-def _allocated(layer: torch.nn.Linear, training: Training | None, rows: tuple[int, int]) -> int:
+def _batch(layer: Layer, size: BlockSize, times: int) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """So many batches of tokens for a layer, and what else it is called with: experts have equal shares."""
+    device = layer.weight.device
+    if not isinstance(layer, GroupedLinear):
+        return normal((times * size.batch, size.length, layer.in_features), device).requires_grad_(), ()
+    unit = layer.alignment
+    each = -(-times * size.tokens * size.top // (layer.experts * unit)) * unit
+    offsets = torch.arange(1, layer.experts + 1, device=device, dtype=torch.int32) * each
+    return normal((layer.experts * each, layer.in_features), device).requires_grad_(), (offsets, unit)
+
+
+def _allocated(layer: Layer, training: Training | None, source: torch.Tensor, others: tuple[Any, ...]) -> int:
     """What the allocator holds after the forward and not before, output apart.
 
     The input is made inside, so that it counts where it is kept, as it would be under a loop that goes on without it.
     """
-    device = layer.weight.device
-    source = normal((*rows, layer.in_features), device).requires_grad_()
-    layer(source * 1)  # compile, and make what lasts
+    device = source.device
+    layer(source * 1, *others)  # compile, and make what lasts
     if training is not None:
         training.step(0.0)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
-    y = layer(source * 1)
+    y = layer(source * 1, *others)
     torch.cuda.synchronize(device)
     return torch.cuda.memory_allocated(device) - before - y.numel() * y.element_size()
 
 
-def _saved_tensors(layer: torch.nn.Linear, training: Training | None, rows: tuple[int, int]) -> int:
+def _saved_tensors(layer: Layer, training: Training | None, source: torch.Tensor, others: tuple[Any, ...]) -> int:
     """The bytes that autograd saves, parameters apart; for machines whose allocator does not count."""
-    source = normal((*rows, layer.in_features), layer.weight.device).requires_grad_()
     if training is not None:
         training.step(0.0)
     storages: dict[int, int] = {}
@@ -367,7 +270,7 @@ def _saved_tensors(layer: torch.nn.Linear, training: Training | None, rows: tupl
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(source * 1)
+        y = layer(source * 1, *others)
     del y
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     return sum(count for place, count in storages.items() if place not in parameters)

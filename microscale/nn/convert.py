@@ -6,6 +6,8 @@ import torch
 
 from microscale.errors import InputError
 from microscale.nn.calibrate import Calibration, record_amax
+from microscale.nn.experts import GroupedLinear
+from microscale.nn.grouped_gemm import quantize_experts
 from microscale.nn.layers import QuantizedLinear, to_quantized_
 from microscale.nn.plan import LayerPlan, Plan, Progress, plan
 from microscale.nn.records import Use, quantizer_of_use
@@ -25,7 +27,8 @@ def quantize_(
 
     Args:
         model: any module; its nn.Linear and nn.Embedding weights are replaced by BlockScaledTensors with the same bytes
-            as `microscale.quantize(weight, quantizer)`. Modules keep their identity, names and hooks.
+            as `microscale.quantize(weight, quantizer)`, those of GroupedLinear by the bytes of each expert's by itself.
+            Modules keep their identity, names and hooks.
         recipe: a name, a YAML path, a mapping or a RecipeSpec, for inference.
         calibrate: for recipes with static outer scales: batches (tensor, tuple or mapping each), or a function that
             runs the model. Ignored by other recipes. Without it a static recipe converts, and its layers raise when
@@ -76,12 +79,14 @@ def _static_inputs(made: Plan) -> dict[str, QuantizerSpec]:
 
 def _convert(model: torch.nn.Module, made: Plan, row: LayerPlan, amax: dict[str, torch.Tensor]) -> None:
     """Quantize one weight and give it to every module that uses it."""
-    weight = _weight(model, row)
-    if row.weight is not None:
-        weight = torch.nn.Parameter(quantize(weight, row.weight), requires_grad=False)
     modules: dict[torch.nn.Module, list[Use]] = {}
     for use in row.layer.uses:
         modules.setdefault(model.get_submodule(use[0]), []).append(use)
+    weight = _weight(model, row)
+    if row.weight is not None:
+        is_grouped = any(isinstance(module, GroupedLinear) for module in modules)
+        quantized = quantize_experts(weight, row.weight) if is_grouped else quantize(weight, row.weight)
+        weight = torch.nn.Parameter(quantized, requires_grad=False)
     for module, uses in modules.items():
         seen = [amax[name] for name, _ in uses if name in amax]
         to_quantized_(module, weight, quantizer_of_use(made.recipe, uses[0], "input"), max(seen) if seen else None)

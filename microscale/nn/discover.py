@@ -8,15 +8,21 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from microscale.nn.layers import QuantizedEmbedding, QuantizedLinear
+from microscale.nn.experts import GroupedLinear
+from microscale.nn.layers import QuantizedEmbedding, QuantizedGroupedLinear, QuantizedLinear
 from microscale.nn.records import Layer, LayerKind, Use
 from microscale.tensor import BlockScaledTensor
 
-_KINDS: dict[LayerKind, type[torch.nn.Module]] = {"linear": torch.nn.Linear, "embedding": torch.nn.Embedding}
+_BASES: dict[type[torch.nn.Module], LayerKind] = {
+    torch.nn.Linear: "linear",
+    GroupedLinear: "linear",  # of several experts, as one layer
+    torch.nn.Embedding: "embedding",
+}
+_QUANTIZED = (QuantizedLinear, QuantizedGroupedLinear, QuantizedEmbedding)
 
 
 def describe(model: torch.nn.Module) -> tuple[list[Layer], int]:
-    """Return every nn.Linear and nn.Embedding weight of a model as a Layer, and the bytes of all its other tensors.
+    """Return every nn.Linear, GroupedLinear and nn.Embedding weight of a model as a Layer, and the bytes of all else.
 
     A weight that several modules use, or a module with several names, is one Layer. Tensors that no checkpoint would
     hold (non-persistent buffers) are not counted.
@@ -41,8 +47,13 @@ def describe(model: torch.nn.Module) -> tuple[list[Layer], int]:
 
 
 def kind_of(module: torch.nn.Module) -> LayerKind | None:
-    """Return "linear" for nn.Linear, "embedding" for nn.Embedding, subclasses included, and None for other modules."""
-    return next((kind for kind, base in _KINDS.items() if isinstance(module, base)), None)
+    """Return "linear" for nn.Linear and GroupedLinear, "embedding" for nn.Embedding, subclasses included; else None."""
+    base = _base(module)
+    return None if base is None else _BASES[base]
+
+
+def _base(module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    return next((base for base in _BASES if isinstance(module, base)), None)
 
 
 def _names(model: torch.nn.Module) -> dict[torch.nn.Module, list[str]]:
@@ -84,7 +95,7 @@ def _obstacle(module: torch.nn.Module) -> str:
     """Return why a module cannot take a block-scaled weight and keep computing what it computes; empty if it can."""
     cls = type(module)
     weight: Any = module._parameters.get("weight")  # of whatever tensor class
-    if isinstance(weight, BlockScaledTensor) or isinstance(module, QuantizedLinear | QuantizedEmbedding):
+    if isinstance(weight, BlockScaledTensor) or isinstance(module, _QUANTIZED):
         return "already quantized"
     if weight is None:
         return "its weight is computed (a parametrization or weight norm), not stored"
@@ -94,9 +105,10 @@ def _obstacle(module: torch.nn.Module) -> str:
         return f"its weight is a {type(weight).__name__}"
     if isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
-    base = torch.nn.Linear if isinstance(module, torch.nn.Linear) else torch.nn.Embedding
-    if cls.forward is not base.forward:
-        return f"{cls.__name__} has a forward of its own, not nn.{base.__name__}'s"
+    base = _base(module)
+    if base is None or cls.forward is not base.forward:
+        plain = "" if base is None else f", not {'nn.' * (base is not GroupedLinear)}{base.__name__}'s"
+        return f"{cls.__name__} has a forward of its own{plain}"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     if isinstance(module, torch.nn.Embedding) and module.max_norm is not None:

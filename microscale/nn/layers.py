@@ -1,4 +1,4 @@
-"""Linear and embedding modules whose weight is block-scaled.
+"""Linear, grouped linear and embedding modules whose weight is block-scaled.
 
 A module becomes quantized in place: its class changes, nothing else. So names, hooks, references to it and tied modules
 stay what they were, `isinstance(module, torch.nn.Linear)` stays true, and its weight is an ordinary parameter that
@@ -14,8 +14,11 @@ import torch
 
 from microscale import ops
 from microscale.errors import InputError
+from microscale.nn.experts import GroupedLinear
+from microscale.nn.grouped_inference import grouped_linear
 from microscale.ops.api import INPUT_DTYPES
 from microscale.spec.quantizer import QuantizerSpec
+from microscale.spec.training import LayerGemms
 from microscale.tensor import BlockScaledTensor
 
 _AMAX = "input_amax"
@@ -26,7 +29,7 @@ class _QuantizedModule(torch.nn.Module):
 
     weight: torch.Tensor
     plain_class: type[torch.nn.Module] | None = None
-    """The subclass of nn.Linear or nn.Embedding that a class made by `quantized_class` extends."""
+    """The subclass of nn.Linear, GroupedLinear or nn.Embedding that a class made by `quantized_class` extends."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Move the module: `.to(...)`, `.half()`, `.cuda()`.
@@ -59,38 +62,23 @@ class _QuantizedModule(torch.nn.Module):
         return ", ".join(part for part in (super().extra_repr(), shown) if part)
 
 
-class QuantizedLinear(_QuantizedModule, torch.nn.Linear):
-    """`nn.Linear` with a block-scaled weight and, for recipes that quantize activations, an `input_quantizer`.
-
-    `input_amax` (FP32 scalar buffer) is the calibrated magnitude of a static input quantizer, None before calibration.
-    Made by `quantize_`; the state dict holds the weight as a BlockScaledTensor, the bias, and `input_amax` once set.
-    """
+class _QuantizedInput(_QuantizedModule):
+    """What quantized layers share that multiply: an `input_quantizer` and the calibration of a static one."""
 
     input_quantizer: QuantizerSpec | None
     input_amax: torch.Tensor | None
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return input [..., K] @ weight.T + bias: [..., N] of the input's dtype.
-
-        Weight-only is exact in the gradient to the input; a quantized input is straight-through. Under autocast both
-        operands take the autocast dtype, as nn.Linear's do. Raises InputError for a static input quantizer that was
-        never calibrated.
-        """
-        weight, quantizer, amax = self.weight, self.input_quantizer, None
-        if quantizer is None:
-            return ops.linear(input, weight, self.bias)
-        if quantizer.outer_scale_mode == "static":
-            amax = self.input_amax
-            if amax is None:
-                raise InputError(
-                    f"this layer's input quantizer, {quantizer.name}, was never calibrated: {self!r}",
-                    "quantize_(model, recipe, calibrate=batches), or a recipe whose outer scales are dynamic",
-                )
-        if torch.is_autocast_enabled(input.device.type):
-            dtype = torch.get_autocast_dtype(input.device.type)
-            input = input.to(dtype)
-            weight = weight.as_dtype(dtype) if isinstance(weight, BlockScaledTensor) else weight.to(dtype)
-        return ops.linear(input, weight, self.bias, input_quantizer=quantizer, amax=amax)
+    def calibrated_amax(self) -> torch.Tensor | None:
+        """Return the calibrated magnitude of a static input quantizer, None if there is none; InputError if missing."""
+        quantizer = self.input_quantizer
+        if quantizer is None or quantizer.outer_scale_mode != "static":
+            return None
+        if self.input_amax is None:
+            raise InputError(
+                f"this layer's input quantizer, {quantizer.name}, was never calibrated: {self!r}",
+                "quantize_(model, recipe, calibrate=batches), or a recipe whose outer scales are dynamic",
+            )
+        return self.input_amax
 
     def extra_repr(self) -> str:
         """Show shapes, and the formats of weight and input."""
@@ -108,6 +96,59 @@ class QuantizedLinear(_QuantizedModule, torch.nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class QuantizedLinear(_QuantizedInput, torch.nn.Linear):
+    """`nn.Linear` with a block-scaled weight and, for recipes that quantize activations, an `input_quantizer`.
+
+    `input_amax` (FP32 scalar buffer) is the calibrated magnitude of a static input quantizer, None before calibration.
+    Made by `quantize_`; the state dict holds the weight as a BlockScaledTensor, the bias, and `input_amax` once set.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input [..., K] @ weight.T + bias: [..., N] of the input's dtype.
+
+        Weight-only is exact in the gradient to the input; a quantized input is straight-through. Under autocast both
+        operands take the autocast dtype, as nn.Linear's do. Raises InputError for a static input quantizer that was
+        never calibrated.
+        """
+        weight, quantizer = self.weight, self.input_quantizer
+        if quantizer is None:
+            return ops.linear(input, weight, self.bias)
+        amax = self.calibrated_amax()
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input = input.to(dtype)
+            weight = weight.as_dtype(dtype) if isinstance(weight, BlockScaledTensor) else weight.to(dtype)
+        return ops.linear(input, weight, self.bias, input_quantizer=quantizer, amax=amax)
+
+
+class QuantizedGroupedLinear(_QuantizedInput, GroupedLinear):
+    """`GroupedLinear` with block-scaled weights, each expert quantized by itself, and maybe an `input_quantizer`.
+
+    A dynamic outer scale is that of an expert's tokens; a static one, `input_amax`, all experts share. Otherwise as
+    `QuantizedLinear`.
+    """
+
+    gemms: LayerGemms
+
+    @property
+    def input_quantizer(self) -> QuantizerSpec | None:
+        """The quantizer of the tokens, None for weight-only."""
+        return self.gemms.fprop_input
+
+    @input_quantizer.setter
+    def input_quantizer(self, quantizer: QuantizerSpec | None) -> None:
+        self.gemms = LayerGemms(fprop_input=quantizer)
+        hash(self.gemms)  # as `to_quantized_` does for the quantizer
+
+    def forward(self, input: torch.Tensor, offsets: torch.Tensor, alignment: int = 1) -> torch.Tensor:
+        """Return rows of input [T, K] times their expert's weight, transposed: [T, N] of the input's dtype.
+
+        `offsets` as `GroupedLinear` takes them; `alignment` changes nothing here, where no blocks run along the tokens.
+        Gradients, autocast and errors as in `QuantizedLinear`.
+        """
+        return grouped_linear(input, self.weight, offsets, self.gemms, self.calibrated_amax())
+
+
 class QuantizedEmbedding(_QuantizedModule, torch.nn.Embedding):
     """`nn.Embedding` with a block-scaled weight: looks rows up and decodes only those."""
 
@@ -118,14 +159,15 @@ def to_quantized_(
     input_quantizer: QuantizerSpec | None = None,
     input_amax: torch.Tensor | None = None,
 ) -> None:
-    """Turn one nn.Linear or nn.Embedding into its quantized class, in place.
+    """Turn one nn.Linear, GroupedLinear or nn.Embedding into its quantized class, in place.
 
     `weight` becomes the module's parameter: a BlockScaledTensor (a Parameter is taken as it is, so tied modules can
     share one), or the module's own weight if only the input is quantized. `input_amax`: FP32 scalar of a static
     quantizer. Raises InputError for another kind of module, a weight of another shape, or an embedding's input.
     """
-    if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-        raise InputError(f"cannot quantize a {type(module).__name__}", "pass an nn.Linear or an nn.Embedding")
+    if not isinstance(module, torch.nn.Linear | GroupedLinear | torch.nn.Embedding):
+        hint = "pass an nn.Linear, a GroupedLinear or an nn.Embedding"
+        raise InputError(f"cannot quantize a {type(module).__name__}", hint)
     if weight.shape != module.weight.shape:
         raise InputError(f"weight of shape {list(weight.shape)} for a module of {list(module.weight.shape)}")
     if isinstance(module, torch.nn.Embedding) and input_quantizer is not None:
@@ -133,24 +175,29 @@ def to_quantized_(
     module.__class__ = quantized_class(type(module))  # type: ignore[assignment]
     module.weight = weight if isinstance(weight, torch.nn.Parameter) else _parameter(weight)
     module.weight.requires_grad_(False)
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, _QuantizedInput):
         module.input_quantizer = input_quantizer
         hash(input_quantizer)  # computes its key, behind a lock that torch.compile cannot trace on Python 3.11
         module.register_buffer(_AMAX, None if input_amax is None else input_amax.to(torch.float32))
 
 
-_classes: dict[type[torch.nn.Module], type[_QuantizedModule]] = {
+_BASES: dict[type[torch.nn.Module], type[_QuantizedModule]] = {
     torch.nn.Linear: QuantizedLinear,
+    GroupedLinear: QuantizedGroupedLinear,
     torch.nn.Embedding: QuantizedEmbedding,
 }
+_classes = dict(_BASES)  # and those of subclasses, made on the fly
 
 
 def quantized_class(plain: type[torch.nn.Module]) -> type[_QuantizedModule]:
-    """Return the quantized class of nn.Linear, nn.Embedding, or a subclass of one, whose other methods it keeps."""
+    """Return the quantized class of nn.Linear, GroupedLinear, nn.Embedding, or a subclass of one.
+
+    It keeps the other methods of a subclass.
+    """
     if issubclass(plain, _QuantizedModule):
         return plain
     if plain not in _classes:
-        base = QuantizedLinear if issubclass(plain, torch.nn.Linear) else QuantizedEmbedding
+        base = next(made for kind, made in _BASES.items() if issubclass(plain, kind))
         body = {"plain_class": plain, "__module__": plain.__module__, "__doc__": base.__doc__}
         _classes[plain] = type(f"Quantized{plain.__name__}", (base, plain), body)
     return _classes[plain]

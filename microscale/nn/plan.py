@@ -72,20 +72,25 @@ def make_plan(layers: Iterable[Layer], recipe: RecipeLike, other_bytes: int = 0)
     _check_rules(spec, found)
     made = Plan(spec, tuple(_decide(layer, spec) for layer in found), other_bytes)
     if not made.quantized:
-        hint = "recipes reach the weights of nn.Linear, and of nn.Embedding where a rule says `types: [embedding]`"
+        hint = "recipes reach nn.Linear and GroupedLinear weights, and those of nn.Embedding where a rule says `types: [embedding]`"
         if any(layer.stored_bytes for layer in found):
             hint = "start again from the high-precision model to quantize by another recipe"
         raise RecipeError(f"recipe {spec.name!r} quantizes nothing here: {_why_nothing(made)}", hint)
     return made
 
 
-def quantized_bytes(shape: tuple[int, ...], quantizer: QuantizerSpec) -> int:
-    """Return the bytes stored for a tensor of `shape` blocked along its last axis: codes, scales and outer scales."""
-    fmt, columns = quantizer.format, shape[-1] if shape else 1
+def quantized_bytes(shape: tuple[int, ...], quantizer: QuantizerSpec, *, by_expert: bool = False) -> int:
+    """Return the bytes stored for a tensor of `shape` blocked along its last axis: codes, scales and outer scales.
+
+    `by_expert`: each matrix [..., E, N, K] has an outer scale of its own where the format has one for a tensor.
+    """
+    columns = shape[-1] if shape else 1
+    fmt = quantizer.format.for_row(columns)
     rows, blocks = math.prod(shape[:-1]), -(-columns // fmt.block)
     outer = 0
     if fmt.outer_scale is not None:
-        outer = {"tensor": 1, "row": rows, "expert": math.prod(shape[:-2])}[fmt.outer_scale.per]
+        each = math.prod(shape[:-2])
+        outer = {"tensor": each if by_expert else 1, "row": rows, "expert": each}[fmt.outer_scale.per]
     return rows * blocks * (fmt.block_bytes + -(-fmt.scale.width // 8)) + 4 * outer
 
 
@@ -103,7 +108,8 @@ def _decide(layer: Layer, recipe: RecipeSpec) -> LayerPlan:
             reason = "kept in high precision" if kept else f"the rule quantizes no operand of an {layer.type}"
     if reason:
         return LayerPlan(layer, index, None, None, reason, before, before)
-    after = before if weight is None else quantized_bytes(layer.shape, weight)
+    by_expert = len(layer.shape) == 3  # [E, N, K]
+    after = before if weight is None else quantized_bytes(layer.shape, weight, by_expert=by_expert)
     return LayerPlan(layer, index, weight, inputs, "", before, after)
 
 

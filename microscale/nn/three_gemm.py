@@ -95,7 +95,7 @@ def _traced(
 def _apply(
     x_TK: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gemms: LayerGemms, state: GemmState
 ) -> torch.Tensor:
-    call = _Call(gemms, state, x_TK.dtype, torch.is_grad_enabled())
+    call = GemmCall(gemms, state, x_TK.dtype, torch.is_grad_enabled())
     return _ThreeGemm.apply(x_TK, weight, bias, call)  # type: ignore[no-untyped-call]
 
 
@@ -104,7 +104,7 @@ class _ThreeGemm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TK: torch.Tensor, weight_NK: torch.Tensor, bias: torch.Tensor | None, call: _Call
+        ctx: Any, x_TK: torch.Tensor, weight_NK: torch.Tensor, bias: torch.Tensor | None, call: GemmCall
     ) -> torch.Tensor:
         """Multiply, and save what the gradients that are asked for need."""
         needs_x, needs_w = (call.has_backward and needed for needed in ctx.needs_input_grad[:2])
@@ -112,12 +112,13 @@ class _ThreeGemm(torch.autograd.Function):
         ctx.call, ctx.shape, ctx.weight_dtype = call, weight_NK.shape, weight_NK.dtype
         ctx.context = contextvars.copy_context()
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if x_TK.shape[0] == 0:
-            return x_TK.new_zeros(0, weight_NK.shape[0])
+        ctx.is_empty = call.is_empty(x_TK, weight_NK)
+        if ctx.is_empty:
+            return x_TK.new_zeros(x_TK.shape[0], weight_NK.shape[-2])
         with _without_autocast(x_TK.device.type):
             x_fprop, x_wgrad = call.inputs(x_TK, True, needs_w and keeps)
             w_fprop, w_dgrad = call.weights(weight_NK, True, needs_x and keeps)
-            y_TN = _product(x_fprop, w_fprop.transpose(0, 1), bias, x_TK.dtype)
+            y_TN = call.fprop(x_fprop, w_fprop, bias)
         saved_weight = (w_dgrad if keeps else weight_NK) if needs_x else None
         saved_input = (x_wgrad if keeps else x_TK) if needs_w else None
         tensors, ctx.layouts = _pack((saved_weight, saved_input))
@@ -155,8 +156,8 @@ def _gradients(ctx: Any, dy_TN: torch.Tensor, dw_dtype: torch.dtype) -> tuple[to
     """Return dx and dw, each None unless needed."""
     call, (needs_x, needs_w) = ctx.call, ctx.needs_input_grad[:2]
     dx_TK = dw_NK = None
-    if dy_TN.shape[0] == 0:
-        dx_TK = dy_TN.new_zeros(0, ctx.shape[1]) if needs_x else None
+    if ctx.is_empty:
+        dx_TK = dy_TN.new_zeros(dy_TN.shape[0], ctx.shape[-1]) if needs_x else None
         dw_NK = dy_TN.new_zeros(ctx.shape, dtype=dw_dtype) if needs_w else None
         return dx_TK, dw_NK
     weight, x = _unpack(ctx.saved_tensors, ctx.layouts)
@@ -164,10 +165,10 @@ def _gradients(ctx: Any, dy_TN: torch.Tensor, dw_dtype: torch.dtype) -> tuple[to
     dy_dgrad, dy_wgrad = call.gradients(dy_TN, needs_x, needs_w)
     if needs_x:
         w_dgrad = weight if keeps else call.weights(weight, False, True)[1]
-        dx_TK = _product(dy_dgrad, w_dgrad, None, call.dtype)
+        dx_TK = call.dgrad(dy_dgrad, w_dgrad)
     if needs_w:
         x_wgrad = x if keeps else call.inputs(x, False, True)[1]
-        dw_NK = _product(dy_wgrad.transpose(0, 1), x_wgrad, None, dw_dtype)
+        dw_NK = call.wgrad(dy_wgrad, x_wgrad, dw_dtype)
     return dx_TK, dw_NK
 
 
@@ -175,9 +176,9 @@ def _gradients(ctx: Any, dy_TN: torch.Tensor, dw_dtype: torch.dtype) -> tuple[to
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
-    """One call of a layer: who quantizes what. `dtype` is what the operands decode to; the methods give None for an
-    operand that is not asked for.
+class GemmCall:
+    """One call of a layer: who quantizes what, and who multiplies. `dtype` is what the operands decode to; the methods
+    that make operands give None for one that is not asked for. `GroupedCall` overrides the others.
     """
 
     gemms: LayerGemms
@@ -191,7 +192,7 @@ class _Call:
         reused = wgrad and g.wgrad_input_is_fprops
         specs = (g.fprop_input if fprop or reused else None), (g.wgrad_input if wgrad else None)
         _report(self.state.name, ("fprop", "wgrad"), "input", x_TK, specs)
-        rows, columns = _quantize_both(x_TK, *specs)
+        rows, columns = self.of_tokens(x_TK, *specs)
         return rows if fprop else None, (rows if reused else columns) if wgrad else None
 
     def weights(self, weight_NK: torch.Tensor, fprop: bool, dgrad: bool) -> tuple[Any, Any]:
@@ -200,7 +201,7 @@ class _Call:
         reused = dgrad and g.dgrad_weight_is_fprops
         specs = (g.fprop_weight if fprop or reused else None), (g.dgrad_weight if dgrad else None)
         _report(self.state.name, ("fprop", "dgrad"), "weight", weight_NK, specs)
-        made = _quantize_both(weight_NK, *specs) if cache is None else cache.get(weight_NK, specs, _quantize_both)
+        made = self.of_weight(weight_NK, *specs) if cache is None else cache.get(weight_NK, specs, self.of_weight)
         rows, columns = (_in_dtype(t, self.dtype) for t in made)
         return rows if fprop else None, (rows if reused else columns) if dgrad else None
 
@@ -212,7 +213,39 @@ class _Call:
         if self.gemms.is_stochastic and counter is not None:
             seed = counter.clone()
             counter[1].add_(_DRAWS)
-        return _quantize_both(dy_TN, *specs, seed)
+        return self.of_tokens(dy_TN, *specs, seed)
+
+    def is_empty(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> bool:
+        """Whether nothing is multiplied: results are zeros."""
+        return x_TK.shape[0] == 0
+
+    def of_tokens(
+        self,
+        t: torch.Tensor,
+        rows: QuantizerSpec | None,
+        columns: QuantizerSpec | None,
+        seed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize x or dy for both GEMMs that contract it."""
+        return _quantize_both(t, rows, columns, seed)
+
+    def of_weight(
+        self, weight: torch.Tensor, rows: QuantizerSpec | None, columns: QuantizerSpec | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize w for both GEMMs that contract it."""
+        return _quantize_both(weight, rows, columns)
+
+    def fprop(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return x w.T + bias."""
+        return _product(x, weight.transpose(0, 1), bias, self.dtype)
+
+    def dgrad(self, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return dy w."""
+        return _product(dy, weight, None, self.dtype)
+
+    def wgrad(self, dy: torch.Tensor, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        """Return dy.T x, rounded once to `out_dtype`."""
+        return _product(dy.transpose(0, 1), x, None, out_dtype)
 
 
 def _quantize_both(
@@ -228,13 +261,28 @@ def _quantize_both(
     return _quantize(t, rows, -1, seed), _quantize(t, columns, -2, second)
 
 
-def _quantize(t: torch.Tensor, spec: QuantizerSpec | None, axis: int, seed: torch.Tensor | None) -> torch.Tensor:
+def _quantize(
+    t: torch.Tensor,
+    spec: QuantizerSpec | None,
+    axis: int,
+    seed: torch.Tensor | None,
+    amax: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Quantize along axis -1 or -2, as it is without a spec; `amax` as `ops.quantize` takes it."""
     if spec is None:
         return t
-    if spec.hadamard is not None and not _groups(t, spec, axis):
-        missing = -t.shape[axis] % spec.hadamard.size
-        t = torch.nn.functional.pad(t, (0, missing) if axis == -1 else (0, 0, 0, missing))
-    return ops.quantize(t, spec, axis=axis, generator=seed)
+    whole = _whole_groups(t, spec, axis)
+    if amax is None:
+        return ops.quantize(whole, spec, axis=axis, generator=seed)
+    return ops.quantize(whole, spec, axis=axis, generator=seed, amax=amax)
+
+
+def _whole_groups(t: torch.Tensor, spec: QuantizerSpec, axis: int) -> torch.Tensor:
+    """Pad an axis with zeros to whole Hadamard groups."""
+    if spec.hadamard is None or _groups(t, spec, axis):
+        return t
+    missing = -t.shape[axis] % spec.hadamard.size
+    return torch.nn.functional.pad(t, (0, missing) if axis == -1 else (0, 0, 0, missing))
 
 
 def _groups(t: torch.Tensor, spec: QuantizerSpec, axis: int) -> bool:

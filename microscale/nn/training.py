@@ -11,10 +11,12 @@ from torch.nn.parameter import is_lazy
 from microscale.errors import InputError, RecipeError
 from microscale.nn.convert import quantize_
 from microscale.nn.discover import _obstacle, describe
+from microscale.nn.grouped_gemm import alignment_of
 from microscale.nn.plan import Plan, _check_rules
 from microscale.nn.records import rule_text
 from microscale.nn.schedule import set_progress
-from microscale.nn.training_linear import TrainingLinear, to_plain_, to_training_
+from microscale.nn.training_experts import GroupedLinear
+from microscale.nn.training_linear import TrainingLayer, to_plain_, to_training_
 from microscale.ops.api import INPUT_DTYPES
 from microscale.spec.recipe import RecipeSpec, Rule
 from microscale.spec.registry import RecipeLike, find_recipe, list_recipes
@@ -33,20 +35,20 @@ class TrainingRow:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A model prepared for training. `layers` are its TrainingLinear modules by full name; `str()` is a table."""
+    """A model prepared for training. `layers` are its training layers by full name; `str()` is a table."""
 
     recipe: RecipeSpec
     seed: int
-    layers: dict[str, TrainingLinear]
+    layers: dict[str, TrainingLayer]
     rows: tuple[TrainingRow, ...]
 
     def step(self, progress: float) -> bool:
-        """Say after an optimizer step what share of all steps is done (0 to 1); True if layers switched precision.
+        """Say after each optimizer step what share of all steps is done (0 to 1); True if layers switched precision.
 
-        Needed for recipes with a `schedule`, harmless for others: it also frees the weights quantized for this step.
+        Needed for recipes with a `schedule`, then also to capture CUDA graphs anew, and for steps that are replays of a
+        CUDA graph: the layers forget the weights that they keep quantized, which no replay can tell them to. Harmless
+        for others: it frees the weights quantized for this step.
         """
-        for layer in self.layers.values():
-            layer.cache.drop()
         return set_progress(self.layers.values(), progress)
 
     def zero_main_grad_(self) -> None:
@@ -73,7 +75,8 @@ def prepare_training_(model: torch.nn.Module, recipe: RecipeLike, *, seed: int =
 
     Args:
         model: any module; each nn.Linear that a rule names becomes a TrainingLinear, whose weight stays the parameter
-            that it was (dtype, ties, optimizer state). Names, hooks and references stay.
+            that it was (dtype, ties, optimizer state), and each GroupedLinear likewise. Names, hooks and references
+            stay.
         recipe: a name, a YAML path, a mapping or a RecipeSpec, for training.
         seed: of stochastic rounding and of random Hadamard signs: the same seed gives the same run. Each layer draws
             numbers of its own, from the seed and its name.
@@ -84,7 +87,8 @@ def prepare_training_(model: torch.nn.Module, recipe: RecipeLike, *, seed: int =
     Raises:
         RecipeError: a recipe for inference, a rule that is not optional and matches no layer, a recipe that reaches
             no layer here, a model that is prepared already.
-        InputError: no module, or weights on the meta device. SpecError as `find_recipe` does.
+        InputError: no module, weights on the meta device, or a recipe that cannot quantize the tokens of experts (see
+            `three_grouped_gemm`). SpecError as `find_recipe` does.
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"prepare_training_ takes an nn.Module, got {type(model).__name__}")
@@ -92,7 +96,7 @@ def prepare_training_(model: torch.nn.Module, recipe: RecipeLike, *, seed: int =
     if not spec.is_training:
         usable = [name for name in list_recipes() if find_recipe(name).is_training]
         raise RecipeError(f"recipe {spec.name!r} has no backward GEMM", f"recipes for training: {', '.join(usable)}")
-    if any(isinstance(module, TrainingLinear) for module in model.modules()):
+    if any(isinstance(module, TrainingLayer) for module in model.modules()):
         raise RecipeError(
             "the model is prepared for training already", "finish_training_(model, 'high_precision') first"
         )
@@ -102,10 +106,13 @@ def prepare_training_(model: torch.nn.Module, recipe: RecipeLike, *, seed: int =
     rows = tuple(_row(name, module, rule, spec) for name, module, rule in decided)
     chosen = [(name, module, rule) for (name, module, rule), row in zip(decided, rows, strict=True) if not row.reason]
     if not chosen:
-        raise RecipeError(f"recipe {spec.name!r} reaches no layer here: {_why(rows)}", "recipes train nn.Linear layers")
-    for name, module, _ in chosen:
+        hint = "recipes train nn.Linear and GroupedLinear layers"
+        raise RecipeError(f"recipe {spec.name!r} reaches no layer here: {_why(rows)}", hint)
+    for name, module, rule in chosen:
         if module.weight.is_meta:
             raise InputError(f"{name}.weight is on the meta device", "prepare the model once its weights are there")
+        if isinstance(module, GroupedLinear) and rule is not None:
+            alignment_of(spec.gemms_of(rule))  # raises where the tokens of experts cannot be quantized so
     for name, module, rule in chosen:
         assert rule is not None
         to_training_(module, spec, rule, name=name, seed=seed)
@@ -126,7 +133,7 @@ def finish_training_(model: torch.nn.Module, recipe: RecipeLike | None = None) -
 
     Raises RecipeError for a model without training layers, and as `quantize_` does.
     """
-    layers = [module for module in model.modules() if isinstance(module, TrainingLinear)]
+    layers = [module for module in model.modules() if isinstance(module, TrainingLayer)]
     if not layers:
         raise RecipeError("the model has no training layers", "quantize_(model, recipe) quantizes a plain model")
     wanted = layers[0].recipe.inference if recipe is None else recipe
@@ -136,13 +143,13 @@ def finish_training_(model: torch.nn.Module, recipe: RecipeLike | None = None) -
     return None if target is None else quantize_(model, target)
 
 
-def _linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
+def _linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear | GroupedLinear]]:
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear | GroupedLinear):
             yield name, module
 
 
-def _row(name: str, module: torch.nn.Linear, rule: Rule | None, recipe: RecipeSpec) -> TrainingRow:
+def _row(name: str, module: torch.nn.Linear | GroupedLinear, rule: Rule | None, recipe: RecipeSpec) -> TrainingRow:
     weight = module._parameters.get("weight")
     shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
     index = None if rule is None else recipe.rules.index(rule)
@@ -162,7 +169,7 @@ def _why(rows: tuple[TrainingRow, ...]) -> str:
     return "; ".join(shown) or "the model has no linear layer"
 
 
-def _gemm_text(layer: TrainingLinear) -> str:
+def _gemm_text(layer: TrainingLayer) -> str:
     text = []
     for gemm_name, gemm in layer.rule.gemms().items():
         for operand, written in gemm.operands().items():
@@ -174,7 +181,7 @@ def _gemm_text(layer: TrainingLinear) -> str:
 def _leave_fused_paths(model: torch.nn.Module) -> None:
     """Keep torch's transformer encoders from reading weights past their modules, as `leave_fused_paths` does."""
     for encoder in model.modules():
-        if any(isinstance(child, TrainingLinear) for child in encoder.modules()):
+        if any(isinstance(child, TrainingLayer) for child in encoder.modules()):
             if isinstance(encoder, torch.nn.TransformerEncoderLayer):
                 encoder.activation_relu_or_gelu = 0
             elif isinstance(encoder, torch.nn.TransformerEncoder):

@@ -1,0 +1,66 @@
+"""The product of quantized experts: weights that are block-scaled already, tokens quantized on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from microscale.nn.grouped_gemm import GroupedCall, _check, _groups_of, _rotated
+from microscale.nn.three_gemm import GemmState, _ThreeGemm
+from microscale.ops import graph
+from microscale.spec.quantizer import QuantizerSpec
+from microscale.spec.training import LayerGemms
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor,
+    gemms: LayerGemms,
+    amax: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return each row of x [T, K] times its expert's matrix of weight [E, N, K], transposed: [T, N] of x's dtype.
+
+    As `three_grouped_gemm` for a weight that is quantized already, of which `gemms` names the `fprop_input` alone: the
+    tokens' quantizer, by which every expert's are quantized by themselves. `amax`: FP32 scalar, the calibrated
+    magnitude of a static one, which all experts share. The gradient to x is exact without a quantizer and
+    straight-through with one; the weight gets none. Raises InputError as `three_grouped_gemm` does.
+    """
+    x = _check(x, weight, offsets, 1)
+    if torch.compiler.is_dynamo_compiling():
+        graph.arm()
+        return _traced(x, weight, offsets, gemms.key, amax)
+    return _apply(x, weight, offsets, gemms, amax)
+
+
+@graph.in_graph
+def _traced(
+    x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, key: str, amax: torch.Tensor | None
+) -> torch.Tensor:
+    return _apply(x, weight, offsets, LayerGemms.from_key(key), amax)
+
+
+def _apply(
+    x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, gemms: LayerGemms, amax: torch.Tensor | None
+) -> torch.Tensor:
+    groups = _groups_of(offsets, x, 1, gemms)
+    call = _InferenceCall(gemms, GemmState(), x.dtype, torch.is_grad_enabled(), groups, amax)
+    return _ThreeGemm.apply(x, weight, None, call)  # type: ignore[no-untyped-call]
+
+
+@dataclasses.dataclass(frozen=True)
+class _InferenceCall(GroupedCall):
+    """A call of quantized experts."""
+
+    amax: torch.Tensor | None = None
+
+    def dgrad(self, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return dy w of each group, in the basis of x: weights that are transformed expect transformed tokens."""
+        dx, spec = super().dgrad(dy, weight), self.gemms.fprop_input
+        return dx if spec is None or spec.hadamard is None else _rotated(dx, spec.hadamard, inverse=True)
+
+    def _row_amax(self, t: torch.Tensor, spec: QuantizerSpec | None) -> torch.Tensor | None:
+        if spec is not None and spec.outer_scale_mode == "static":
+            return self.amax
+        return super()._row_amax(t, spec)
