@@ -9,10 +9,12 @@ import torch
 import microscale as ms
 from microscale import dispatch
 from microscale.kernels.triton import fragment_tuning, ptx_decode
+from microscale.kernels.triton import fragments as decode_gemm
 from microscale.numerics import codec, fragments, layout
 from microscale.testing import assert_same_bits, assert_same_quantized
 from tests.kernels import ptx_emulator
 from tests.kernels.processes import lines
+from tests.kernels.products import parts
 
 FITTING = [f for f in ms.list_formats() if fragments.fits(ms.find_format(f), 64, 64)]
 ARCHITECTURES = (80, 90, 100, 120)
@@ -29,7 +31,7 @@ def weight(name: str, rows: int = 128, columns: int = 192, device: str = "cpu") 
 
 def test_which_formats_fit():
     """All shipped ones but codebooks and FP32 scales."""
-    assert set(ms.list_formats()) - set(FITTING) == {"fp8_block128", "nf4"}
+    assert set(ms.list_formats()) - set(FITTING) == {"fp8_block128", "fp8_row", "nf4"}
 
 
 @pytest.mark.parametrize("name", FITTING)
@@ -169,8 +171,9 @@ def chosen(shape: tuple[int, ...], name: str, scale_layout: str = "fragments", c
 
 
 def test_few_rows_are_its_own():
-    """The dispatcher gives it prepared weights and at most 64 rows."""
-    assert chosen((1, 8192), "mxfp4") == chosen((4, 16, 8192), "nvfp4") == "triton.matmul_fragments"
+    """The dispatcher gives it prepared weights and at most 64 rows, on Hopper 16."""
+    assert chosen((1, 8192), "mxfp4") == chosen((4, 4, 8192), "nvfp4") == "triton.matmul_fragments"
+    assert chosen((4, 16, 8192), "nvfp4", capability=(8, 0)) == "triton.matmul_fragments"
     assert chosen((65, 8192), "mxfp4") != "triton.matmul_fragments"
     assert chosen((1, 8192), "mxfp4", "strided") != "triton.matmul_fragments"
 
@@ -204,12 +207,11 @@ def test_on_a_gpu(name):
     bias = torch.randn(256, device="cuda").to(torch.bfloat16)
     for rows in (1, 8, 9, 33, 64):
         x = torch.randn(rows, 1024, device="cuda").to(torch.bfloat16)
-        assert ms.explain("matmul", x, made).chosen == "triton.matmul_fragments"
-        got = ms.matmul(x, made.t(), bias, torch.float32)
+        got = decode_gemm.matmul(x, parts(made.t()), bias, torch.float32)
         wanted = x.double() @ w.T + bias.double()
         bound = (1024 + 8) * 2.0**-24 * (x.double().abs() @ w.abs().T + bias.double().abs()) * 2
         assert bool(((got.double() - wanted).abs() <= bound).all())
-        assert torch.equal(got, ms.matmul(x, made.t(), bias, torch.float32))
+        assert torch.equal(got, decode_gemm.matmul(x, parts(made.t()), bias, torch.float32))
 
 
 def test_layout_names():

@@ -5,12 +5,15 @@ from microscale.kernels.triton import (
     dequantize,
     dot_scaled,
     fragments,
+    fragments_fp16,
+    fragments_wide,
     grouped,
     groups,
     producers,
     quantize,
     quantize_blocks,
     quantize_both,
+    wgmma,
 )
 
 __all__ = [
@@ -18,10 +21,13 @@ __all__ = [
     "dequantize",
     "dot_scaled",
     "fragments",
+    "fragments_fp16",
+    "fragments_wide",
     "grouped",
     "groups",
     "producers",
     "quantize",
     "quantize_blocks",
     "quantize_both",
+    "wgmma",
 ]

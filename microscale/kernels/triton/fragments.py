@@ -57,8 +57,8 @@ def _sum_constants(splits: int, outer: int, bias: bool) -> dict[str, Any]:
     return {"SPLITS": splits, "OUTER": outer, "BIAS": bias, "SIZE": 1024 if splits < 8 else 512}
 
 
-def _rows(operand: Operand) -> int:
-    """Rows of x, rounded up to a power of two as selections are cached."""
+def rows_of(operand: Operand) -> int:
+    """Return the rows of x, rounded up to a power of two as selections are cached."""
     count = 1
     for n in operand.shape[:-1]:
         count *= 1 << max(0, n - 1).bit_length() if n else 0
@@ -70,19 +70,22 @@ def _is_weight(problem: Problem) -> bool:
     return weight.layout == layout.FRAGMENTS and weight.axis == -2 and len(weight.shape) == 2
 
 
+CHECKS = (
+    ("needs a plain left operand", lambda p: p.operands[0].format is None),
+    ("needs a weight that microscale.prepare made", _is_weight),
+    ("needs outer scales that are constant along K", lambda p: p.operands[1].outer in (None, "scalar", "vector")),
+    ("adds a bias of one number per column", lambda p: p.bias is None or len(p.bias.shape) == 1),
+)
 REQUIRES = Requires(
     devices=("cuda",),
     min_capability=(8, 0),
     packages=("triton",),
     dtypes=("bfloat16",),
     checks=(
-        ("needs a plain left operand", lambda p: p.operands[0].format is None),
-        ("needs a weight that microscale.prepare made", _is_weight),
-        (f"is for at most {MOST_ROWS} rows of activations", lambda p: 0 < _rows(p.operands[0]) <= MOST_ROWS),
-        ("needs outer scales that are constant along K", lambda p: p.operands[1].outer in (None, "scalar", "vector")),
-        ("adds a bias of one number per column", lambda p: p.bias is None or len(p.bias.shape) == 1),
+        *CHECKS,
+        (f"is for at most {MOST_ROWS} rows of activations", lambda p: 0 < rows_of(p.operands[0]) <= MOST_ROWS),
     ),
-)  # fmt: skip
+)
 
 
 @kernel(
@@ -113,8 +116,8 @@ def run(
     from microscale.kernels.triton import jit_fragments, jit_splits
 
     (rows, depth), columns = x.shape, b.qdata.shape[-1]
-    words, scales = _as_words(b.qdata.mT), _as_words(b.scale.mT)
-    outer, outer_kind = _outer(b.outer_scale, columns, x)
+    words, scales = as_words(b.qdata.mT), as_words(b.scale.mT)
+    outer, outer_kind = outer_of(b.outer_scale, columns, x)
     bias = None if bias is None else bias.expand(columns).contiguous()
     steps = depth // DEPTH
     each = -(-steps // tuning.splits)
@@ -138,12 +141,12 @@ def run(
     return out
 
 
-def _as_words(data: torch.Tensor) -> torch.Tensor:
+def as_words(data: torch.Tensor) -> torch.Tensor:
     """Return dense bytes as int32 [n]; a row of scales may be no whole number of words."""
     return data.reshape(-1).view(torch.int32)
 
 
-def _outer(scale: torch.Tensor | None, columns: int, other: torch.Tensor) -> tuple[torch.Tensor, int]:
+def outer_of(scale: torch.Tensor | None, columns: int, other: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return what the kernel multiplies by, and whether it is nothing (0, and `other`), a number or one per column."""
     if scale is None:
         return other, 0
@@ -170,7 +173,7 @@ def decode(qdata: torch.Tensor, scale: torch.Tensor, fmt: FormatSpec) -> torch.T
     rows, depth = qdata.shape[0], scale.shape[1] * fmt.block
     out = torch.empty(rows, depth, dtype=torch.bfloat16, device=qdata.device)
     constants, total = _dequantize_constants(fmt), rows // ROWS * (depth // DEPTH)
-    args = (_as_words(qdata), _as_words(scale), out.view(torch.int32), total, depth // 2)
+    args = (as_words(qdata), as_words(scale), out.view(torch.int32), total, depth // 2)
     launch(jit_fragments.dequantize_fragments, -(-total // _DEQUANTIZE_WARPS), args, constants, _DEQUANTIZE_WARPS)
     return out
 

@@ -1,0 +1,56 @@
+"""Compile `matmul_wide` for Hopper without a GPU: `python -m tests.kernels.compiled_fragments_wide [NAME ...]`.
+
+Prints one JSON line for each format and tile: "local" accesses (spills), whether ptxas put the tensor cores'
+instructions one after the other (it says so), shared memory, and what the code contains.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+import microscale as ms
+from microscale.kernels.triton import fragments_wide, jit_fragments_wide
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {"words": "*i32", "scales": "*i32", "outer": "*fp32", "bias": "*bf16", "out": "*bf16", "parts": "*fp32"}
+FORMATS = ("mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8")
+ROWS = (32, 64, 128)
+
+
+def compiled(name, rows):
+    """The facts of one kernel."""
+    fmt, cut = ms.find_format(name), fragments_wide.cut_of(rows, 8192, 132)
+    known = fragments_wide.constants_of(fmt, cut.rows, cut.units, int(fmt.outer_scale is not None), True)
+    kernel = jit_fragments_wide.matmul_wide
+    types = POINTERS | {"x": f"tensordesc<bf16[{cut.rows}, 64],{jit_fragments_wide.X_LAYOUT!r}>"}
+    signature = {n: "constexpr" if n in known else types.get(n, "i32") for n in kernel.arg_names}
+    plain = [i for i, n in enumerate(kernel.arg_names) if n in POINTERS or n == "columns"]
+    source = GluonASTSource(kernel, signature, dict(known), {(i,): [["tt.divisibility", 16]] for i in plain})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": False})
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
+        cubin.write_bytes(made.asm["cubin"])
+        ptx.write_text(made.asm["ptx"])
+        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True).stdout
+        command = [TOOLS / "ptxas", "-v", "-arch=sm_90a", ptx, "-o", Path(folder, "again.cubin")]
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+    found = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", sass)
+    names = [n.split(".")[0] for n in found]
+    return {
+        "format": name, "rows": cut.rows, "local": names.count("LDL") + names.count("STL"),
+        "serialized": "serialized" in said, "shared": made.metadata.shared, "mma": names.count("HGMMA"),
+        "copies": names.count("UTMALDG"), "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or FORMATS:
+        for count in ROWS:
+            print(json.dumps(compiled(wanted, count)), flush=True)

@@ -1,0 +1,78 @@
+"""Compile the products of `wgmma.py` for Hopper without a GPU: `python -m tests.kernels.compiled_wgmma [NAME ...]`.
+
+Prints one JSON line for each format and tile: registers, shared memory, "local" accesses (spills), whether ptxas put
+the tensor cores' instructions one after the other (it says so), and the instructions of the loop along K.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+import microscale as ms
+from microscale.kernels.triton import jit_wgmma, wgmma
+from tests.kernels.compiled_grouped import instructions, loop
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {"a_outer": "*fp32", "b_outer": "*fp32", "bias": "*bf16", "offsets": "*i32"}
+FORMATS = ("mxfp4", "nvfp4", "mxfp8", "mxfp8_e5m2", "mxint8", "nvint4", "fp8_block128", "nf4")
+
+
+def compiled(name, tile, out="bf16", by_group=True, splits=1, bias=False, swizzle=False):
+    """The facts of one kernel."""
+    fmt = ms.find_format(name)
+    wide = fmt.scale.torch_dtype == "float32"
+    known = wgmma.constants(
+        fmt, tile, 32, splits, by_group, (False, fmt.outer_scale is not None, bias), swizzle
+    )  # fmt: skip
+    x_layout, code_layout = wgmma.layouts(fmt, tile)
+    pairs = "i16" if fmt.element.width == 8 else "u8"
+    types = POINTERS | {"scales": "*fp32" if wide else "*u8", "out": f"*{out}"}
+    types["x"] = f"tensordesc<bf16[{tile.rows}, {tile.depth}],{x_layout!r}>"
+    types["codes"] = f"tensordesc<{pairs}[{wgmma.COLUMNS}, {tile.depth // 2}],{code_layout!r}>"
+    kernel = jit_wgmma.multiply_codes
+    signature = {n: "constexpr" if n in known else types.get(n, "i32") for n in kernel.arg_names}
+    plain = [i for i, n in enumerate(kernel.arg_names) if n not in known and n not in ("x", "codes")]
+    source = GluonASTSource(kernel, signature, dict(known), {(i,): [["tt.divisibility", 16]] for i in plain})
+    options = {"num_warps": wgmma.WARPS, "enable_fp_fusion": False}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
+        cubin.write_bytes(made.asm["cubin"])
+        ptx.write_text(made.asm["ptx"])
+        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True).stdout
+        command = [TOOLS / "ptxas", "-v", "-arch=sm_90a", ptx, "-o", Path(folder, "again.cubin")]
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+    names = [n for _, n, _ in instructions(sass)]
+    registers = re.search(r"Used (\d+) registers", said)
+    return {
+        "format": name, "tile": list(tile), "out": out, "registers": int(registers[1]) if registers else 0,
+        "shared": made.metadata.shared, "local": names.count("LDL") + names.count("STL"),
+        "serialized": "serialized" in said, "mma": names.count("HGMMA"), "copies": names.count("UTMALDG"),
+        "loop": len(loop(sass)), "code_loads": sum(n == "LDS" for n in loop(sass)),
+    }  # fmt: skip
+
+
+def main(formats):
+    for name in formats or FORMATS:
+        fmt, seen = ms.find_format(name), set()
+        for rows in (1, 64, 128, 4096):
+            tile = wgmma.tile_of(fmt, rows, 4096, torch.bfloat16)
+            if tile not in seen:
+                seen.add(tile)
+                print(json.dumps(compiled(name, tile)), flush=True)
+        tile = wgmma.tile_of(fmt, 4096, 4096, torch.float32)
+        print(json.dumps(compiled(name, tile, "fp32", by_group=False, bias=True, swizzle=True)), flush=True)
+        tile = wgmma.tile_of(fmt, 16, 4096, torch.float32)
+        print(json.dumps(compiled(name, tile, "fp32", by_group=False, splits=4)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,81 @@
+"""Tens to hundreds of rows times a prepared weight on Hopper: what can be run here of it, and the product on a GPU."""
+
+import pytest
+import torch
+
+import microscale as ms
+from microscale.kernels.triton import fragments, fragments_wide
+from microscale.kernels.triton.fragments_wide import Cut
+from tests.kernels.processes import lines
+from tests.kernels.products import check, parts
+from tests.kernels.test_fragments import FITTING, chosen, weight
+
+
+def test_who_gets_which_rows():
+    """From 17 to 512 rows of prepared weights on Hopper; fewer are the decode GEMM's, more are decoded beforehand."""
+    wide = "triton.matmul_fragments_wide"
+    assert [chosen((m, 4096), "mxfp4") == wide for m in (1, 16, 17, 64, 65, 256, 512, 513, 4096)] == [
+        False, False, True, True, True, True, True, False, False
+    ]  # fmt: skip
+    assert chosen((64, 4096), "mxfp4", capability=(8, 0)) == "triton.matmul_fragments"
+    assert chosen((128, 4096), "mxfp4", "strided") != wide
+
+
+@pytest.mark.parametrize("rows", [17, 32, 33, 64, 65, 128, 256, 500])
+@pytest.mark.parametrize("columns", [64, 4096, 8192, 14336, 28672, 28736])
+def test_cuts(rows, columns):
+    """No more programs than run at once, unless that is a program for each part of a tile."""
+    cut = fragments_wide.cut_of(rows, columns, 132)
+    assert rows <= cut.rows or cut.rows == 128
+    assert cut.units in (2, 4) and 0 < cut.programs <= 396
+    tiles = -(-rows // cut.rows) * -(-columns // (64 * cut.units))
+    assert cut.programs % tiles == 0 or cut.programs == 132 * (2 if cut.rows == 128 else 3)
+
+
+def test_before_and_after():
+    """The order of x and the sums of shared tiles, by the interpreter."""
+    found = lines("tests.kernels.wide_steps_cases", TRITON_INTERPRET="1")
+    assert len(found) == 6 and all(f["good"] for f in found), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8"])
+def test_it_compiles(name):
+    """Without local memory, tensor cores' instructions in flight while the next operand is decoded."""
+    found = lines("tests.kernels.compiled_fragments_wide", name)
+    assert len(found) == 3
+    for f in found:
+        assert f["local"] == 0 and not f["serialized"] and f["mma"] >= 8 and f["copies"], f
+        resident = 2 if f["rows"] == 128 else 3
+        assert f["registers"] * 128 * resident <= 65536 and (f["shared"] + 1024) * resident <= 228 << 10, f
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FITTING)
+def test_on_a_gpu(name):
+    """Against FP64 within the derived bound, whoever shares tiles; the same bits twice."""
+    q = weight(name, 448, 1024, "cuda")
+    made = ms.prepare(q)
+    bias = torch.randn(448, device="cuda").to(torch.bfloat16)
+    for rows, dtype in ((17, torch.bfloat16), (32, torch.float32), (64, torch.float16), (300, torch.float32)):
+        x = torch.randn(rows, 1024, device="cuda").to(torch.bfloat16)
+        assert ms.explain("matmul", x, made.t()).chosen == "triton.matmul_fragments_wide"
+        got = ms.matmul(x, made.t(), bias, dtype)
+        check(got, x, q.t(), bias, dtype)
+        assert torch.equal(got, ms.matmul(x, made.t(), bias, dtype))
+        for programs in (1, 3, 7, 1000):
+            cut = Cut(fragments_wide.cut_of(rows, 448, 132).rows, 2, programs)
+            other = fragments_wide.run(x, parts(made.t()), None, torch.float32, cut)
+            check(other, x, q.t(), None, torch.float32)
+
+
+@pytest.mark.gpu
+def test_odd_operands_on_a_gpu():
+    """Activations that are views, of three dimensions, and at odd addresses."""
+    q = weight("mxfp4", 128, 256, "cuda")
+    made = ms.prepare(q)
+    flat = torch.randn(40 * 256 + 1, device="cuda").to(torch.bfloat16)
+    for x in (flat[1:].view(40, 256), flat[:-1].view(256, 40).t(), flat[:-1].view(2, 20, 256)):
+        got = ms.matmul(x, made.t())
+        check(got.reshape(-1, 128), x.reshape(-1, 256), q.t())
+    assert fragments.MOST_ROWS >= 40
