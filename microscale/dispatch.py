@@ -29,7 +29,7 @@ class Operand:
     """One tensor of a problem: plain (format None) or block-scaled. `axis` is the blocked dimension, negative.
 
     `order` says how a plain tensor lies: "rows" (dense, starting on 16 bytes), "columns" (the same of its transpose),
-    or "strided".
+    or "strided". `one_block`: one block is all of its blocked dimension. `exact_rows`: as of a tensor's `Meta`.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +39,8 @@ class Operand:
     layout: str = "strided"
     outer: str | None = None
     order: str = "rows"
+    one_block: bool = False
+    exact_rows: bool | None = None
 
     def __str__(self) -> str:
         """Render as `nvfp4[11008, 4112]` or `bf16[64, 4112]`."""
@@ -64,6 +66,7 @@ class Problem:
     layout: str = "strided"
     second: QuantizerSpec | None = None  # of quantize_both: the one along columns
     bias: Operand | None = None  # of matmul: None also stands for "not known"
+    rounded: str | None = None  # what FP32 results of a matmul are rounded to once a residual has been added
 
     def __str__(self) -> str:
         """Render as `matmul(bf16[64, 4112], nvfp4[11008, 4112])`."""
@@ -74,11 +77,12 @@ class Problem:
     def key(self) -> tuple[Any, ...]:
         """What selection may depend on; shapes count by class, so batch sizes do not fill the cache."""
         operands = tuple(
-            (o.shape_class(), o.dtype, o.format, o.axis, o.layout, o.outer, o.order) for o in self.operands
+            (o.shape_class(), o.dtype, o.format, o.axis, o.layout, o.outer, o.order, o.one_block, o.exact_rows)
+            for o in self.operands
         )
         specs = (self.quantizer, self.second)
         bias = None if self.bias is None else (self.bias.shape_class(), self.bias.dtype)
-        return (self.op, operands, self.device, self.capability, specs, self.out_dtype, self.layout, bias)
+        return (self.op, operands, self.device, self.capability, specs, self.out_dtype, self.layout, bias, self.rounded)
 
 
 Check = Callable[[Problem], str | None]
@@ -104,7 +108,7 @@ class Requires:
         if self.devices is not None and problem.device not in self.devices:
             return f"needs a {' or '.join(self.devices)} device, not {problem.device}"
         for package in self.packages:
-            if not _installed(package):
+            if not installed(package):
                 return f"needs the package {package}, which is not installed"
         have = problem.capability
         if self.min_capability is not None and (have is None or have < self.min_capability):
@@ -132,7 +136,8 @@ def _version(capability: tuple[int, int] | None) -> str:
 _packages: dict[str, bool] = {}
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
+    """Return True if a package can be imported; found out once."""
     if package not in _packages:
         _packages[package] = importlib.util.find_spec(package) is not None
     return _packages[package]

@@ -30,24 +30,34 @@ from microscale.spec.format import FormatSpec
 _make = torch.Tensor._make_wrapper_subclass
 
 
+_EXACT = {None: "", True: ":exact", False: ":inexact"}
+_EXACT_OF = {text.removeprefix(":"): flag for flag, text in _EXACT.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What the bytes mean: the format, the blocked dimension (negative index), and how the scales are laid out."""
+    """What the bytes mean: the format, the blocked dimension (negative index), and how the scales are laid out.
+
+    `exact_rows` is what `microscale.prepare` found: whether every row along the blocked dimension is E4M3 numbers times
+    one power of two, so that FP8 tensor cores can multiply it as it is; None if nobody looked.
+    """
 
     format: FormatSpec
     axis: int = -1
     layout: str = layout.STRIDED
+    exact_rows: bool | None = None
 
     def pack(self) -> str:
         """Return one line of text that `unpack` reads; it crosses operator and pickle boundaries."""
-        return f"{self.axis}|{self.layout}|{self.format.key}"
+        return f"{self.axis}|{self.layout}{_EXACT[self.exact_rows]}|{self.format.key}"
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
     def unpack(text: str) -> Meta:
         """Return the Meta that `pack` wrote, one object per text."""
-        axis, scale_layout, key = text.split("|", 2)
-        return Meta(FormatSpec.from_key(key), int(axis), scale_layout)
+        axis, kind, key = text.split("|", 2)
+        scale_layout, _, exact = kind.partition(":")
+        return Meta(FormatSpec.from_key(key), int(axis), scale_layout, _EXACT_OF[exact])
 
 
 class BlockScaledTensor(torch.Tensor):

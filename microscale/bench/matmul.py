@@ -2,7 +2,7 @@
 
 Cases, each a name that `Plan.cases` may hold:
 
-    weight_only   bf16 activations; for a few rows (decode) with the weight prepared, where there is such a thing
+    weight_only   bf16 activations; up to 512 rows with the weight prepared, where there is such a thing
     both_scaled   both operands quantized: the cast of the activations included ("cast included"), and without it
     grouped       mixtures of experts: see `microscale.bench.grouped`
     mlp           the MLP of Llama-3 70B in one CUDA graph: see `microscale.bench.mlp`
@@ -34,8 +34,10 @@ from microscale.tensor import BlockScaledTensor
 
 CASES = ("weight_only", "both_scaled", "grouped", "mlp")
 FORMATS = ("mxfp4", "nvfp4", "mxfp8", "mxfp6", "mxint8")  # the whole grid; all others are measured at a few sizes
-PAIRS = (("mxfp8", "mxfp8"), ("mxfp4", "mxfp8"), ("nvfp4", "nvfp4"))  # of a weight's and the activations' formats
-DECODE = 64  # rows up to which a weight is prepared
+PAIRS = (  # of a weight's and the activations' formats
+    ("mxfp8", "mxfp8"), ("mxfp4", "mxfp8"), ("mxfp4", "fp8_row"), ("nvfp4", "nvfp4"),
+)  # fmt: skip
+DECODE = 512  # rows up to which a weight is prepared
 PREPARED_ON = ("cuda",)  # devices with a kernel for prepared weights
 
 
@@ -54,7 +56,7 @@ class Plan:
     mlp: tuple[int, int] = (8192, 28672)
     mlp_rows: tuple[int, ...] = (1, 16, 256, 2048, 8192)
     pairs: tuple[tuple[str, str], ...] = PAIRS
-    mlp_pairs: tuple[tuple[str, str], ...] = PAIRS[:2]
+    mlp_pairs: tuple[tuple[str, str], ...] = PAIRS[:3]
 
     def changed(
         self,

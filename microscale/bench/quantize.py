@@ -189,7 +189,7 @@ def _producer_cases(x: torch.Tensor, spec: QuantizerSpec, given: torch.Tensor | 
 
 def _stored(x: torch.Tensor, spec: QuantizerSpec) -> int:
     """Bytes of x's codes and scales."""
-    fmt = spec.format
+    fmt = spec.format.for_row(x.shape[-1])
     blocks = x.numel() // fmt.block if x.shape[-1] % fmt.block == 0 else x.shape[0] * -(-x.shape[-1] // fmt.block)
     return blocks * (fmt.block_bytes + fmt.scale.width // 8)
 

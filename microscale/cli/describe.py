@@ -24,7 +24,7 @@ def format_row(spec: FormatSpec) -> tuple[str, ...]:
     return (
         spec.name,
         spec.element.name,
-        str(spec.block),
+        spec.block_text,
         spec.scale.name,
         spec.scale_rule.name,
         outer_text(spec.outer_scale),
@@ -53,12 +53,12 @@ def format_data(spec: FormatSpec, *, values: bool = False) -> dict[str, Any]:
         "name": spec.name,
         "description": spec.description,
         "element": element,
-        "block": spec.block,
+        "block": spec.identity()["block"],
         "scale": scale,
         "scale_rule": spec.scale_rule.identity(),
         "outer_scale": None if outer is None else {**outer.identity(), "scale_max": spec.scale_max},
         "bits_per_value": spec.bits_per_value,
-        "block_bytes": spec.block_bytes,
+        "block_bytes": spec.block_bytes or None,
         "references": list(spec.references),
     }
 
@@ -85,7 +85,8 @@ def format_text(spec: FormatSpec) -> Iterator[str]:
         outer += f", the largest block scale is {spec.scale_max:g}"
     yield f"{spec.name}  {spec.description}".rstrip()
     yield f"  element      {element_text(spec.element)}"
-    yield f"  block        {spec.block} along one axis, {spec.block_bytes} bytes of codes"
+    size = f", {spec.block_bytes} bytes of codes" if spec.block_bytes else ", however long"
+    yield f"  block        {spec.block_text} along one axis{size}"
     yield f"  scale        {element_text(spec.scale)}"
     yield f"  scale rule   {rule.name}{search}"
     yield f"  outer scale  {outer}"

@@ -51,7 +51,8 @@ class _Question:
 
         where = (self.device, self.capability)
         if self.op == "quantize":
-            return Problem("quantize", (self._plain(self.shape),), *where, self.weight, None, self.layout)
+            spec = self.weight.for_row(self.shape[-1])
+            return Problem("quantize", (self._plain(self.shape),), *where, spec, None, self.layout)
         if self.op == "dequantize":
             return Problem("dequantize", (self._blocked(self.shape, -1),), *where, None, self.dtype, self.layout)
         lead, (m, k, n) = self.shape[:-3], self.shape[-3:]
@@ -65,12 +66,15 @@ class _Question:
 
     def _blocked(self, shape: tuple[int, ...], axis: int, quantizer: QuantizerSpec | None = None) -> Operand:
         from microscale.dispatch import Operand
+        from microscale.ops import late
 
-        fmt = (quantizer or self.weight).format
+        fmt = (quantizer or self.weight).format.for_row(shape[axis])
         outer = None
         if fmt.outer_scale is not None and self.op != "dequantize":  # which does not select by the second level
             outer = "scalar" if fmt.outer_scale.per == "tensor" else "vector"
-        return Operand(shape, "uint8", fmt, axis, self.layout, outer)
+        if self.op == "dequantize":
+            return Operand(shape, "uint8", fmt, axis, self.layout, outer)
+        return late.describe(shape, fmt, axis, axis, self.layout, outer)
 
 
 def explain(

@@ -168,35 +168,28 @@ def train_table() -> str:
 
 def tiny_lm_tables() -> str:
     """Return the committed results of `examples/tiny_lm.py`: final losses by recipe, perplexities by what quantizes."""
+    from microscale.report.training import over_seeds, over_seeds_text  # imports torch
+
     parts = []
     for path in sorted(_results().glob("*/tiny_lm.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
-        losses: dict[str, list[Any]] = {}
-        for run in report["runs"]:
-            losses.setdefault(run["recipe"], []).append(run)
-        rows = []
-        for recipe, runs in losses.items():
-            found = [run["final_loss"] for run in runs]
-            ratios = [run["ratio_to_bf16"] for run in runs if run.get("ratio_to_bf16")]
-            change = f"{100 * (sum(ratios) / len(ratios) - 1):+.2f} %" if ratios else ""
-            spread = f"{max(found) - min(found):.4f}" if len(found) > 1 else "one seed"
-            rows.append((recipe, f"{sum(found) / len(found):.4f}", change, spread))
-        parts += [
-            f"{report['environment']['device']}, {report['model']['parameters'] / 1e6:.1f} M parameters",
-            _table(("trained by", "held-out loss", "to bf16", "spread over seeds"), rows),
-        ]
-        quantized = [
-            (
-                p["recipe"],
-                p["trained_by"],
-                str(p["seed"]),
-                f"{p['perplexity']:.4f}",
-                f"{100 * (p['ratio_to_bf16'] - 1):+.2f} %",
-            )
-            for p in report["perplexities"]
-        ]
+        model = report["model"]
+        runs = over_seeds(report["runs"], "final_loss")
+        quantized = over_seeds(report["perplexities"], "perplexity", ("recipe", "trained_by"))
+        steps, tokens = report["runs"][0]["steps"], report["runs"][0]["tokens"]
+        head = (
+            f"{report['environment']['device']}, {model['parameters'] / 1e6:.1f} M parameters, {steps} steps of "
+            f"{tokens // steps} bytes, learning rate {model['learning_rate']:g}; loss in nats a byte, of "
+            f"{model['held_out_tokens']} held-out ones. ± after a mean: standard deviation over seeds; after a ratio: "
+            "standard error of the mean over seeds of the ratio to bf16 of the same seed."
+        )
+        rows = [(row["recipe"], str(row["seeds"]), *over_seeds_text(row)) for row in runs]
+        parts += [head, _table(("trained by", "seeds", "held-out loss", "to bf16"), rows)]
         if quantized:
-            parts.append(_table(("quantized by", "trained by", "seed", "perplexity", "to bf16"), quantized))
+            named = [(r["recipe"], r["trained_by"], str(r["seeds"]), *over_seeds_text(r)) for r in quantized]
+            parts.append(_table(("quantized by", "trained by", "seeds", "perplexity", "to bf16"), named))
+        skipped = [f"{row['recipe']} with seed {row['seed']} ({row['reason']})" for row in report["skipped"]]
+        parts += [f"Not there: {', '.join(skipped)}."] if skipped else []
     return "\n\n".join(parts) or "No results are committed yet."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack
@@ -11,7 +12,7 @@ import torch
 from microscale import dispatch
 from microscale.errors import InputError, unknown_name
 from microscale.numerics import codec, layout, rounding
-from microscale.ops import graph, library
+from microscale.ops import graph, late, library
 from microscale.spec.element import ElementSpec
 from microscale.spec.format import FormatSpec
 from microscale.spec.quantizer import QuantizerSpec
@@ -112,7 +113,7 @@ def _quantize(
 # Eager calls find their spec in a few look-ups: validating a variant takes longer than quantizing a small tensor.
 _LIMIT = 4096  # entries of either memory; past it all are forgotten
 _found: dict[Any, tuple[object, QuantizerSpec]] = {}  # with the spec that the name stood for
-_metas: dict[tuple[int, int, str], Meta] = {}
+_metas: dict[tuple[int, int, str, bool | None], Meta] = {}
 
 
 def cached_quantizer(format: QuantizerLike, changes: Mapping[str, Any]) -> QuantizerSpec:
@@ -139,11 +140,11 @@ def _is_exact(value: object) -> bool:
     return value is None or type(value) in (int, str)
 
 
-def _meta(fmt: FormatSpec, axis: int, scale_layout: str) -> Meta:
-    key = (id(fmt), axis, scale_layout)
+def _meta(fmt: FormatSpec, axis: int, scale_layout: str, exact_rows: bool | None = None) -> Meta:
+    key = (id(fmt), axis, scale_layout, exact_rows)
     found = _metas.get(key)
     if found is None or found.format is not fmt:
-        found = Meta(fmt, axis, scale_layout)
+        found = Meta(fmt, axis, scale_layout, exact_rows)
         _keep(_metas, key, found)
     return found
 
@@ -165,6 +166,7 @@ def _run_quantize(
 ) -> BlockScaledTensor:
     _check_input(x, axis, scale_layout)
     _check_outer(spec, amax, outer_scale)
+    spec = spec.for_row(x.shape[axis])
     last = axis == -1 or axis == x.dim() - 1
     rows = x.detach() if last else x.detach().movedim(axis, -1)
     if spec.hadamard is not None and x.shape[axis] % spec.hadamard.size:
@@ -302,7 +304,8 @@ def _quantize_problem(x: torch.Tensor, format: QuantizerLike, **changes: Any) ->
     scale_layout = changes.pop("layout", layout.STRIDED)
     axis = changes.pop("axis", -1)
     given = changes.pop("amax", None) is not None or changes.pop("outer_scale", None) is not None
-    return library.quantize_problem(x.movedim(axis, -1), find_quantizer(format, **changes), given, scale_layout)
+    spec = find_quantizer(format, **changes).for_row(x.shape[axis])
+    return library.quantize_problem(x.movedim(axis, -1), spec, given, scale_layout)
 
 
 def _dequantize_problem(q: BlockScaledTensor, dtype: torch.dtype | None = None) -> dispatch.Problem:
@@ -323,8 +326,9 @@ def _matmul_problem(
 def _dispatch_operand(t: torch.Tensor, contraction: int) -> dispatch.Operand:
     if not isinstance(t, BlockScaledTensor):
         return dispatch.Operand(tuple(t.shape), library.dtype_name(t.dtype))
-    outer = library.outer_kind(t.outer_scale, t.block_axis, contraction)
-    return dispatch.Operand(tuple(t.shape), "uint8", t.format, t.block_axis, t.scale_layout, outer)
+    outer, axis = library.outer_kind(t.outer_scale, t.block_axis, contraction), t.block_axis
+    made = late.describe(tuple(t.shape), t.format, axis, contraction, t.scale_layout, outer)
+    return dataclasses.replace(made, exact_rows=t.meta.exact_rows)
 
 
 PROBLEMS: dict[str, Callable[..., dispatch.Problem]] = {  # how `explain` describes a call; other files add their ops

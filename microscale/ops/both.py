@@ -65,7 +65,7 @@ def _quantize_both(
     api._check_input(x, -1, scale_layout)
     if x.dim() < 2:
         raise InputError(f"quantize_both of a tensor of rank {x.dim()}", "it has rows and columns: use quantize")
-    specs = QuantizerSpec.from_key(key), QuantizerSpec.from_key(column_key)
+    specs = tuple(QuantizerSpec.from_key(text).for_row(x.shape[axis]) for text, axis in ((key, -1), (column_key, -2)))
     amaxes = []
     for spec, axis, given in zip(specs, (-1, -2), (amax, column_amax), strict=True):
         api._check_outer(spec, given, None)
@@ -79,7 +79,7 @@ def _quantize_both(
     seed = rounding.seed_from(generator, x.device) if any(stochastic) else None
     second = None if seed is None else torch.stack([seed[0], seed[1] + 1])
     seeds = [s if needed else None for s, needed in zip((seed, second), stochastic, strict=True)]
-    parts = torch.ops.microscale.quantize_both(x.detach(), key, column_key, *amaxes, *seeds, scale_layout)
+    parts = torch.ops.microscale.quantize_both(x.detach(), *(s.key for s in specs), *amaxes, *seeds, scale_layout)
     made = []
     for (qdata, scale, outer), spec, axis in zip((parts[:3], parts[3:]), specs, (-1, -2), strict=True):
         has_outer = spec.format.outer_scale is not None
@@ -105,7 +105,8 @@ def both_problem(
 def _explained(
     x: torch.Tensor, rows: QuantizerLike, columns: QuantizerLike | None = None, *, layout: str = layout.STRIDED
 ) -> dispatch.Problem:
-    return both_problem(x, find_quantizer(rows), find_quantizer(rows if columns is None else columns), layout)
+    specs = find_quantizer(rows), find_quantizer(rows if columns is None else columns)
+    return both_problem(x, specs[0].for_row(x.shape[-1]), specs[1].for_row(x.shape[-2]), layout)
 
 
 api.PROBLEMS["quantize_both"] = _explained

@@ -14,7 +14,7 @@ from microscale.kernels.reference.matmul import Operand, Parts
 from microscale.numerics import layout
 from microscale.numerics.hadamard import hadamard
 from microscale.ops import api, graph, library
-from microscale.ops.api import dequantize, quantize
+from microscale.ops.api import INPUT_DTYPES, dequantize, quantize
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor
 
@@ -35,13 +35,14 @@ def _parts(t: torch.Tensor) -> Operand:
     if not isinstance(t, BlockScaledTensor):
         return t
     meta = t.meta
-    return Parts(t.qdata, t.scale, t.outer_scale, meta.format, meta.axis, t.shape[meta.axis], meta.layout)
+    size = t.shape[meta.axis]
+    return Parts(t.qdata, t.scale, t.outer_scale, meta.format, meta.axis, size, meta.layout, meta.exact_rows)
 
 
 def transposed(q: BlockScaledTensor) -> BlockScaledTensor:
     """Return q.t() of a matrix, which every linear layer asks for: what `structure.transpose` gives, in few steps."""
     (rows, columns), parts = q.shape, _transposed_parts(q)
-    meta = api._meta(parts.format, parts.axis, parts.layout)
+    meta = api._meta(parts.format, parts.axis, parts.layout, parts.exact_rows)
     return BlockScaledTensor(parts.qdata, parts.scale, parts.outer_scale, meta, (columns, rows), q.dtype)
 
 
@@ -49,7 +50,8 @@ def _transposed_parts(q: BlockScaledTensor) -> Parts:
     meta, outer = q.meta, q.outer_scale
     scale = q.scale if meta.layout == layout.SWIZZLED else q.scale.t()
     outer = outer.t() if outer is not None and outer.dim() else outer
-    return Parts(q.qdata.t(), scale, outer, meta.format, -3 - meta.axis, q.shape[meta.axis], meta.layout)
+    size = q.shape[meta.axis]
+    return Parts(q.qdata.t(), scale, outer, meta.format, -3 - meta.axis, size, meta.layout, meta.exact_rows)
 
 
 def _result_dtype(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
@@ -64,20 +66,32 @@ def _result_dtype(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | Non
 
 
 def matmul(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `a @ b + bias` for a [..., M, K] and b [..., K, N]; either or both block-scaled along any axis.
+    """Return `a @ b + bias + residual` for a [..., M, K] and b [..., K, N]; either or both block-scaled along any axis.
 
-    FP32 accumulation, outer scales and bias in FP32, one rounding to `out_dtype` (default: the operands' dtype).
-    Raises InputError for shapes or dtypes that do not fit.
+    FP32 accumulation, outer scales, bias and residual in FP32, one rounding to `out_dtype` (default: the operands'
+    dtype). The bias broadcasts to the result's shape; the residual (float32, bfloat16 or float16) has it, and any
+    strides. Raises InputError for shapes or dtypes that do not fit.
     """
     graph.arm()
-    return _matmul(a, b, bias, out_dtype)
+    return _matmul(a, b, bias, out_dtype, residual)
 
 
 @graph.in_graph
-def _matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:
-    return product(a, b, bias, out_dtype, recorded=_records(a, b, bias))
+def _matmul(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    return product(a, b, bias, out_dtype, residual, recorded=_records(a, b, bias, residual))
 
 
 def _records(*tensors: torch.Tensor | None) -> bool:
@@ -86,7 +100,13 @@ def _records(*tensors: torch.Tensor | None) -> bool:
 
 
 def product(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None, *, recorded: bool
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    residual: torch.Tensor | None = None,
+    *,
+    recorded: bool,
 ) -> torch.Tensor:
     """Return what `matmul` returns. `recorded`: autograd follows it, so it goes through torch; below, it need not."""
     rank_a, rank_b = a.dim(), b.dim()
@@ -97,13 +117,27 @@ def product(
         raise InputError("matmul of two plain tensors", "use torch.matmul")
     if rank_a == 1 or rank_b == 1:  # as torch.matmul: a vector is a row on the left, a column on the right
         left, right = (a.unsqueeze(0) if rank_a == 1 else a), (b.unsqueeze(-1) if rank_b == 1 else b)
-        out = product(left, right, None, dtype, recorded=recorded)
+        plain = bias is None and residual is None
+        out = product(left, right, None, dtype if plain else torch.float32, recorded=recorded)
         out = out.squeeze(-1) if rank_b == 1 else out
         out = out.squeeze(-1 if rank_b == 1 else -2) if rank_a == 1 else out
-        return out if bias is None else out + bias
-    if not recorded and library.is_direct(bias, *_tensors(a), *_tensors(b)):
-        return library.matmul(_parts(a), _parts(b), bias, dtype)
-    return torch.ops.microscale.matmul(*_flat(a), *_flat(b), bias, dtype)
+        for added in (bias, residual):
+            out = out if added is None else out + added.to(torch.float32)
+        return out if plain else out.to(dtype)
+    if residual is not None:
+        _check_residual(a, b, residual)
+    if not recorded and library.is_direct(bias, residual, *_tensors(a), *_tensors(b)):
+        return library.matmul(_parts(a), _parts(b), bias, dtype, residual)
+    return torch.ops.microscale.matmul(*_flat(a), *_flat(b), bias, dtype, residual)
+
+
+def _check_residual(a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor) -> None:
+    shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    if residual.shape != shape or type(residual) is BlockScaledTensor or residual.dtype not in INPUT_DTYPES:
+        raise InputError(
+            f"residual {residual.dtype} {list(residual.shape)} for a product of shape {list(shape)}",
+            "it is a plain float32, bfloat16 or float16 tensor of just that shape",
+        )
 
 
 def times_transpose(x: torch.Tensor, weight: BlockScaledTensor, bias: torch.Tensor | None) -> torch.Tensor:

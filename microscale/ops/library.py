@@ -16,6 +16,7 @@ from microscale import dispatch
 from microscale.kernels.reference.matmul import Operand as KernelOperand
 from microscale.kernels.reference.matmul import Parts
 from microscale.numerics import layout
+from microscale.ops.late import late
 from microscale.spec.format import FormatSpec
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import Meta
@@ -31,7 +32,10 @@ LIBRARY.define(
     "dequantize(Tensor qdata, Tensor scale, Tensor? outer_scale, str format, SymInt columns, str layout, "
     "ScalarType dtype) -> Tensor"
 )
-LIBRARY.define(f"matmul({_OPERAND.format('a')}, {_OPERAND.format('b')}, Tensor? bias, ScalarType out_dtype) -> Tensor")
+LIBRARY.define(
+    f"matmul({_OPERAND.format('a')}, {_OPERAND.format('b')}, Tensor? bias, ScalarType out_dtype, "
+    "Tensor? residual=None) -> Tensor"
+)
 LIBRARY.define(
     f"grouped_matmul({_OPERAND.format('a')}, {_OPERAND.format('b')}, Tensor offsets, ScalarType out_dtype) -> Tensor"
 )
@@ -243,7 +247,7 @@ def _facts(x: KernelOperand, contraction: int) -> tuple[object, ...]:
     if isinstance(x, torch.Tensor):
         return x.shape, x.dtype
     kind = None if x.outer_scale is None else outer_kind(x.outer_scale, x.axis, contraction)
-    return x.qdata.shape, x.size, x.format.key, x.axis, x.layout, kind
+    return x.qdata.shape, x.size, x.format.key, x.axis, x.layout, kind, x.exact_rows
 
 
 def product_operand(x: KernelOperand, contraction: int) -> dispatch.Operand:
@@ -252,8 +256,10 @@ def product_operand(x: KernelOperand, contraction: int) -> dispatch.Operand:
         return dispatch.Operand(tuple(x.shape), dtype_name(x.dtype))
     shape = list(x.qdata.shape)
     shape[x.axis] = x.size
-    kind = outer_kind(x.outer_scale, x.axis, contraction)
-    return dispatch.Operand(tuple(shape), "uint8", x.format, x.axis, x.layout, kind)
+    kind, one = outer_kind(x.outer_scale, x.axis, contraction), 0 < x.size <= x.format.block
+    return dispatch.Operand(
+        tuple(shape), "uint8", x.format, x.axis, x.layout, kind, one_block=one, exact_rows=x.exact_rows
+    )
 
 
 def _device(x: KernelOperand) -> torch.device:
@@ -261,25 +267,60 @@ def _device(x: KernelOperand) -> torch.device:
 
 
 def product_problem(
-    op: str, a: KernelOperand, b: KernelOperand, bias: torch.Tensor | None, out_dtype: torch.dtype
+    op: str,
+    a: KernelOperand,
+    b: KernelOperand,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    rounded: torch.dtype | None = None,
 ) -> dispatch.Problem:
-    """Describe a matmul or grouped matmul; `bias` is None for the latter."""
+    """Describe a matmul or grouped matmul; `bias` and `rounded` (see `dispatch.Problem`) are None for the latter."""
     operands, device = (product_operand(a, -1), product_operand(b, -2)), _device(a)
     row = None if bias is None else dispatch.Operand(tuple(bias.shape), dtype_name(bias.dtype))
     where = (device.type, capability(device))
-    return dispatch.Problem(op, operands, *where, None, dtype_name(out_dtype), bias=row)
+    then = None if rounded is None else dtype_name(rounded)
+    return dispatch.Problem(op, operands, *where, None, dtype_name(out_dtype), bias=row, rounded=then)
 
 
-def matmul(a: KernelOperand, b: KernelOperand, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
-    """Run the kernel that the dispatcher selects; arguments and result as `reference.matmul`."""
+def matmul(
+    a: KernelOperand,
+    b: KernelOperand,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the kernel that the dispatcher selects; arguments and result as `reference.matmul`.
+
+    With a residual, whose shape is the result's, the kernel gives FP32, and one pass adds and rounds.
+    """
+    if type(a) is Parts and a.size <= a.format.block:
+        a = late(a, -1)
+    if type(b) is Parts and b.size <= b.format.block:
+        b = late(b, -2)
     added = None if bias is None else (bias.shape, bias.dtype)
-    facts = (_facts(a, -1), _facts(b, -2), _device(a), added, out_dtype)
-    entry = dispatch.select_by("matmul", facts, product_problem, "matmul", a, b, bias, out_dtype)
-    return entry.run(a, b, bias, out_dtype)
+    asked, rounded = (out_dtype, None) if residual is None else (torch.float32, out_dtype)
+    facts = (_facts(a, -1), _facts(b, -2), _device(a), added, asked, rounded)
+    entry = dispatch.select_by("matmul", facts, product_problem, "matmul", a, b, bias, asked, rounded)
+    made = entry.run(a, b, bias, asked)
+    return made if residual is None else add_residual(made, residual, out_dtype)
+
+
+def add_residual(sums: torch.Tensor, residual: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """Return FP32 `sums` + residual, of one shape, added in FP32 and rounded once. May overwrite the sums."""
+    if not sums.is_cuda or not sums.numel() or not dispatch.installed("triton"):
+        return (sums + residual.to(torch.float32)).to(out_dtype)
+    from microscale.kernels.triton import epilogue
+
+    out = sums if out_dtype == torch.float32 else torch.empty_like(sums, dtype=out_dtype)
+    rows, columns = sums.shape[-2:]
+    three = (-1, rows, columns)
+    epilogue.finish(sums.view(three), None, None, residual.reshape(three), out.view(three))
+    return out
 
 
 def grouped_matmul(a: KernelOperand, b: KernelOperand, offsets: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Run the kernel that the dispatcher selects; arguments and result as `reference.grouped_matmul`."""
+    a, b = late(a, -1), late(b, -2)
     facts = (_facts(a, -1), _facts(b, -2), _device(a), out_dtype)
     entry = dispatch.select_by("grouped_matmul", facts, product_problem, "grouped_matmul", a, b, None, out_dtype)
     return entry.run(a, b, offsets, out_dtype)
@@ -292,17 +333,17 @@ def _operand(
     if scale is None:
         return data
     parsed = Meta.unpack(meta)
-    return Parts(data, scale, outer, parsed.format, parsed.axis, size, parsed.layout)
+    return Parts(data, scale, outer, parsed.format, parsed.axis, size, parsed.layout, parsed.exact_rows)
 
 
 @torch.library.impl(LIBRARY, "matmul", "CompositeExplicitAutograd")
 def _matmul(
     a: torch.Tensor, a_scale: torch.Tensor | None, a_outer: torch.Tensor | None, a_meta: str, a_size: int,
     b: torch.Tensor, b_scale: torch.Tensor | None, b_outer: torch.Tensor | None, b_meta: str, b_size: int,
-    bias: torch.Tensor | None, out_dtype: torch.dtype,
+    bias: torch.Tensor | None, out_dtype: torch.dtype, residual: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     first, second = _operand(a, a_scale, a_outer, a_meta, a_size), _operand(b, b_scale, b_outer, b_meta, b_size)
-    return matmul(first, second, bias, out_dtype)
+    return matmul(first, second, bias, out_dtype, residual)
 
 
 @torch.library.impl(LIBRARY, "grouped_matmul", "CompositeExplicitAutograd")
@@ -326,7 +367,7 @@ def _logical(data: torch.Tensor, scale: torch.Tensor | None, meta: str, size: in
 def _matmul_fake(
     a: torch.Tensor, a_scale: torch.Tensor | None, a_outer: torch.Tensor | None, a_meta: str, a_size: int,
     b: torch.Tensor, b_scale: torch.Tensor | None, b_outer: torch.Tensor | None, b_meta: str, b_size: int,
-    bias: torch.Tensor | None, out_dtype: torch.dtype,
+    bias: torch.Tensor | None, out_dtype: torch.dtype, residual: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     left, right = _logical(a, a_scale, a_meta, a_size), _logical(b, b_scale, b_meta, b_size)
     lead = torch.broadcast_shapes(tuple(left[:-2]), tuple(right[:-2])) if len(left) > 2 or len(right) > 2 else ()

@@ -1,19 +1,25 @@
-"""`prepare`, `prepare_`: put weights in the order in which the decode GEMM's tensor cores take them."""
+"""`prepare`, `prepare_`: make weights ready for the kernels they will meet.
+
+For plain activations: in the order in which the decode GEMM's tensor cores take them. For quantized activations:
+looked at once, whether FP8 tensor cores get every value of a weight's rows.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 
 from microscale.errors import InputError, MicroscaleError
+from microscale.kernels.reference import align_rows
 from microscale.kernels.triton import ptx_decode
 from microscale.numerics import layout
 from microscale.tensor import BlockScaledTensor
 
 
-def prepare(weight: BlockScaledTensor) -> BlockScaledTensor:
-    """Return a weight [N, K] in layout `fragments`, for activations of up to 64 rows on a GPU.
+def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -> BlockScaledTensor:
+    """Return a weight [N, K] in layout `fragments`, for activations of up to 64 rows on a GPU; or see the end.
 
     The same bytes in another order, so nothing is lost and nothing takes more memory: `dequantize()`, slicing, saving
     and every matmul give what they gave (whatever is not a matmul or a transpose first restores the plain order).
@@ -21,9 +27,14 @@ def prepare(weight: BlockScaledTensor) -> BlockScaledTensor:
 
     Raises InputError, with the reason, for a weight that the kernel cannot decode exactly: sizes that are no multiples
     of 64, codebooks, blocks other than 16 or 32, FP32 scales, or a scale so large (or NaN) that bfloat16 lacks it.
+
+    With `quantized_activations`, which meet weights in the plain layout: the weight in that layout, with
+    `meta.exact_rows` set. See `noted`.
     """
     if not isinstance(weight, BlockScaledTensor):
         raise InputError(f"prepare takes a BlockScaledTensor, got {type(weight).__name__}", "quantize it first")
+    if quantized_activations:
+        return noted(weight.to_layout(layout.STRIDED) if weight.scale_layout == layout.FRAGMENTS else weight)
     if weight.scale_layout == layout.FRAGMENTS:
         return weight
     if weight.block_axis != -1:
@@ -31,6 +42,26 @@ def prepare(weight: BlockScaledTensor) -> BlockScaledTensor:
     made = weight.to_layout(layout.FRAGMENTS)
     _check(weight)
     return made
+
+
+def noted(weight: BlockScaledTensor) -> BlockScaledTensor:
+    """Return a weight whose `meta.exact_rows` says whether FP8 tensor cores get every value of its rows.
+
+    Rows are those along the blocked dimension. They are exact while the exponents of a row's blocks span at most 14
+    for E2M1 elements (11 for E2M3, 9 for E3M2), blocks of zeros apart. A weight that is not exact is then left to
+    kernels that decode it to bfloat16. Formats for which there is no such question, elements of 8 bits and mantissa
+    scales among them, are returned as they are. Reads the scales once.
+
+    The note is of these bytes: it stays with views, copies, pickles and native checkpoints, is dropped where blocks of
+    different rows join, and follows the source of `copy_`.
+    """
+    fmt = weight.format
+    if not align_rows.fits(fmt) or align_rows.span(fmt.element) <= 0 or weight.outer_scale is not None:
+        return weight
+    axis = weight.block_axis
+    scale, qdata = weight.strided_scale().movedim(axis, -1), weight.qdata.movedim(axis, -1)
+    found = align_rows.is_exact(qdata, scale, fmt, weight.shape[axis])
+    return weight.replace(meta=dataclasses.replace(weight.meta, exact_rows=found))
 
 
 def _check(weight: BlockScaledTensor) -> None:
@@ -53,23 +84,29 @@ def _check(weight: BlockScaledTensor) -> None:
         )
 
 
-def prepare_(model: torch.nn.Module) -> dict[str, str]:
-    """Prepare every block-scaled weight of a model's linear layers, in place.
+_FOUND = {None: "", True: ", rows exact in E4M3", False: ", rows not exact in E4M3"}
 
-    Returns {module name: "fragments", or why its weight stays as it was}.
+
+def prepare_(model: torch.nn.Module) -> dict[str, str]:
+    """Prepare every block-scaled weight of a model's linear layers, in place, for the activations that each takes.
+
+    Returns {module name: "fragments", or why its weight stays as it was}; for layers that quantize their activations,
+    "strided" (or "swizzle_32_4_4"), and what was found of a weight's rows: ", rows exact in E4M3" or ", rows not exact
+    in E4M3".
     """
     done: dict[str, str] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(module, torch.nn.Linear) or not isinstance(weight, BlockScaledTensor):
             continue
+        quantized = getattr(module, "input_quantizer", None) is not None
         try:
-            made = prepare(weight)
+            made = prepare(weight, quantized_activations=quantized)
         except MicroscaleError as error:
             done[name] = str(error)
             continue
         if made is not weight:
             # Swapping keeps the parameter's identity, which tied modules refer to.
             torch.utils.swap_tensors(weight, torch.nn.Parameter(made, requires_grad=False))
-        done[name] = layout.FRAGMENTS
+        done[name] = made.scale_layout + _FOUND[made.meta.exact_rows if quantized else None]
     return done

@@ -187,7 +187,7 @@ def _quantized(
 ) -> BlockScaledTensor:
     """Run an op on its own arguments, blocked axis last, and on those that all producers share; wrap the parts."""
     rows = operands[0]
-    spec = QuantizerSpec.from_key(key)
+    spec = QuantizerSpec.from_key(key).for_row(rows.shape[-1])
     api._check_outer(spec, *given)
     if spec.hadamard is not None and rows.shape[-1] % spec.hadamard.size:
         raise InputError(
@@ -196,7 +196,7 @@ def _quantized(
         )
     seed = rounding.seed_from(generator, rows.device) if spec.rounding == "stochastic" else None
     amax, outer_scale = (api._outer_operand(t, rows, axis) for t in given)
-    tail = (key, amax, outer_scale, seed, scale_layout)
+    tail = (spec.key, amax, outer_scale, seed, scale_layout)
     if library.is_direct(*operands, amax, outer_scale, seed):
         qdata, scale, made = _run(op, operands, args, tail)
     else:
@@ -230,7 +230,8 @@ def _explained(op: str, operands: tuple[torch.Tensor, ...], format: QuantizerLik
     scale_layout, axis = changes.pop("layout", layout.STRIDED), changes.pop("axis", -1)
     given = changes.pop("amax", None) is not None or changes.pop("outer_scale", None) is not None
     rows = tuple(t.movedim(axis, -1) if t.dim() > 1 else t for t in operands)
-    return problem(op, rows, find_quantizer(format, **changes), given, scale_layout)
+    spec = find_quantizer(format, **changes).for_row(rows[0].shape[-1])
+    return problem(op, rows, spec, given, scale_layout)
 
 
 api.PROBLEMS["silu_mul_quantize"] = lambda gate, up, format, **changes: _explained(

@@ -222,7 +222,11 @@ def cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> BlockScaledTensor:
     shape = list(first.shape)
     shape[dim] = sum(p.shape[dim] for p in parts)
     qdata, scale = (torch.cat([getattr(p, name) for p in parts], dim) for name in ("qdata", "scale"))
-    return parts[0].replace(qdata=qdata, scale=scale, outer_scale=_cat_outer(parts, dim), shape=tuple(shape))
+    found = [p.meta.exact_rows for p in parts]
+    exact = None if dim == axis or None in found else all(found)  # rows that join may span more exponents
+    meta = dataclasses.replace(parts[0].meta, exact_rows=exact)
+    outer = _cat_outer(parts, dim)
+    return parts[0].replace(qdata=qdata, scale=scale, outer_scale=outer, meta=meta, shape=tuple(shape))
 
 
 def _check_joinable(a: BlockScaledTensor, b: BlockScaledTensor, dim: int) -> None:
@@ -317,6 +321,8 @@ def reshape(q: BlockScaledTensor, sizes: Sequence[int]) -> BlockScaledTensor:
                 target[new_axis] = math.prod(sizes[d] for d in old_dims) * new[new_axis] // run
         return t.expand(sizes).reshape(target)
 
+    if new[new_axis] > q.shape[axis]:  # rows join
+        q = q.replace(meta=dataclasses.replace(q.meta, exact_rows=None))
     return apply(q, move, new, new_axis, move_outer)
 
 
@@ -355,6 +361,8 @@ def copy_(target: BlockScaledTensor, source: Any) -> BlockScaledTensor:
         if target.outer_scale.dim() < source.outer_scale.dim() and source.outer_scale.numel() > 1:
             raise UnsupportedOpError("copy_ of several outer scales into one", "requantize first")
         target.outer_scale.copy_(source.outer_scale if target.outer_scale.dim() else source.outer_scale.reshape(()))
+    if target.meta.exact_rows != source.meta.exact_rows:
+        target.meta = dataclasses.replace(target.meta, exact_rows=source.meta.exact_rows)
     target.qdata.copy_(source.qdata)
     target.scale.copy_(source.scale)
     return target

@@ -46,7 +46,7 @@ class FormatResult:
     format: str
     description: str
     element: str
-    block: int
+    block: int | str  # "row": one scale for each row
     scale: str
     outer_scale: str | None
     bits_per_value: float

@@ -141,7 +141,7 @@ class FormatTally:
             format=self.quantizer.name,
             description=fmt.description,
             element=fmt.element.name,
-            block=fmt.block,
+            block=fmt.identity()["block"],
             scale=fmt.scale.name,
             outer_scale=None if fmt.outer_scale is None else f"{fmt.outer_scale.dtype} per {fmt.outer_scale.per}",
             bits_per_value=fmt.bits_per_value,

@@ -5,10 +5,12 @@ x  ~=  decode(qdata) * decode(scale) * outer_scale          (all stored scales a
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, Strict, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Strict, model_validator
 
+from microscale.errors import InputError
 from microscale.spec.base import Spec
 from microscale.spec.element import ElementSpec
 from microscale.spec.fields import AsInteger, FieldError, Name, Number
@@ -17,6 +19,23 @@ BaseRule = Literal["floor", "ceil", "rceil", "even", "nearest"]
 EXPONENT_RULES = ("floor", "ceil", "rceil", "even")
 MANTISSA_RULES = ("nearest",)
 MAX_BLOCK = 65536  # data is padded to whole blocks: a slip of the keyboard must not ask for terabytes
+ROW, ROW_WORD = -1, "row"  # a block that is a whole row, however long: as a number, and as it is written
+_BLOCK = "elements that share one scale, along one axis; `row`: all of a row"
+
+
+def _block_from_word(value: Any) -> Any:
+    return ROW if isinstance(value, str) and value == ROW_WORD else value
+
+
+def _check_block(value: int) -> int:
+    if value < 1 and value != ROW:
+        raise FieldError(f"block must be at least 1, not {value}", f"block: {_BLOCK}")
+    return value
+
+
+Block = Annotated[
+    int, Strict(), Field(le=MAX_BLOCK), AfterValidator(_check_block), AsInteger, BeforeValidator(_block_from_word)
+]
 
 
 class ScaleRuleSpec(Spec):
@@ -78,14 +97,16 @@ class OuterScaleSpec(Spec):
 
 
 class FormatSpec(Spec):
-    """One microscaling format. Everything that quantize, the kernels, the docs and the tests know of it is derived."""
+    """One microscaling format. Everything that quantize, the kernels, the docs and the tests know of it is derived.
+
+    `block: row` (the number `ROW`) is one scale for a whole row along the blocked axis. Stored tensors and kernels know
+    numbers only: whoever quantizes asks `for_row` first, so a tensor's own format says how long its rows were.
+    """
 
     name: Name
     description: str = ""
     element: ElementSpec
-    block: Annotated[int, Strict(), Field(ge=1, le=MAX_BLOCK), AsInteger] = Field(
-        description="elements that share one scale, along one axis"
-    )
+    block: Block = Field(description=_BLOCK)
     scale: ElementSpec
     scale_rule: ScaleRuleSpec
     outer_scale: OuterScaleSpec | None = None
@@ -102,7 +123,7 @@ class FormatSpec(Spec):
             raise FieldError(
                 f"element {element.name} has no sign; it can only be a scale", "use one that has a sign", "element"
             )
-        if self.block % (group := element.pack_group):
+        if self.block != ROW and self.block % (group := element.pack_group):
             reason = (
                 f"block {self.block} is no multiple of {group}, the {element.width}-bit elements that fill whole bytes"
             )
@@ -153,17 +174,26 @@ class FormatSpec(Spec):
             reason = f"scale_max {top:g} is above the largest {self.scale.name}, {self.scale.max_value:g}"
             raise FieldError(reason, "leave scale_max out to use that", ("outer_scale", "scale_max"), "scale")
 
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that make this format what it is, as plain data."""
+        return {**super().identity(), "block": ROW_WORD if self.block == ROW else self.block}
+
     # -- derived --
 
     @property
+    def block_text(self) -> str:
+        """The block as it is written: a number, or "row"."""
+        return ROW_WORD if self.block == ROW else str(self.block)
+
+    @property
     def bits_per_value(self) -> float:
-        """Stored bits per element: the code and its share of the block scale (the outer scale is not counted)."""
-        return self.element.width + self.scale.width / self.block
+        """Stored bits per element: the code and its share of the block scale; scales of rows are not counted."""
+        return self.element.width + (0 if self.block == ROW else self.scale.width / self.block)
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of the packed codes of one block."""
-        return self.block * self.element.width // 8
+        """Bytes of the packed codes of one block; of a row, 0: they depend on its length."""
+        return 0 if self.block == ROW else self.block * self.element.width // 8
 
     @property
     def scale_max(self) -> float:
@@ -175,6 +205,13 @@ class FormatSpec(Spec):
     def storage(self) -> tuple[str, int, str]:
         """What the stored bytes mean: equal for two formats whose tensors may be concatenated."""
         return (self.element.key, self.block, self.scale.key)
+
+    def for_row(self, columns: int) -> FormatSpec:
+        """Return this format for rows of so many elements: `block: row` becomes a number, filled up to whole bytes.
+
+        The format itself if its block is a number. Raises InputError for rows longer than any block.
+        """
+        return self if self.block != ROW else _for_row(self, int(columns))
 
     def variant(self, **changes: Any) -> FormatSpec:
         """Return this format with some fields changed and a name that says which, as in nvfp4[block=32].
@@ -190,7 +227,18 @@ class FormatSpec(Spec):
         real = {k: v for k, v in parts.items() if v != getattr(base, k)}
         if not real:
             return base
-        label = ",".join(f"{k}={'none' if v is None else getattr(v, 'name', v)}" for k, v in real.items())
+        words = {"block": made.block_text}
+        label = ",".join(f"{k}={'none' if v is None else getattr(v, 'name', words.get(k, v))}" for k, v in real.items())
         made = FormatSpec(**{**given, "name": f"{base.name}[{label}]"})
         made._base = base
         return made
+
+
+@functools.lru_cache(maxsize=4096)
+def _for_row(fmt: FormatSpec, columns: int) -> FormatSpec:
+    group = fmt.element.pack_group
+    block = max(1, -(-columns // group)) * group
+    if block > MAX_BLOCK:
+        reason = f"{fmt.name} has one scale a row, and a row of {columns} is longer than a block may be, {MAX_BLOCK}"
+        raise InputError(reason, "use a format with a scale for each of many blocks, such as fp8_block128")
+    return FormatSpec.from_key(fmt.variant(block=block).key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Literal, Self
 
@@ -10,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from microscale.spec.base import Spec
 from microscale.spec.explain import seen
 from microscale.spec.fields import FieldError, Integer
-from microscale.spec.format import MAX_BLOCK, FormatSpec
+from microscale.spec.format import MAX_BLOCK, ROW, FormatSpec
 
 HADAMARD_SIZES = (2, 4, 8, 16, 32, 64, 128)
 
@@ -74,6 +75,9 @@ class QuantizerSpec(Spec):
             tile = f"scale_tile {rows}x{columns}"
             if not (1 <= rows <= MAX_BLOCK and 1 <= columns <= MAX_BLOCK):
                 raise FieldError(f"{tile}: rows and columns are from 1 to {MAX_BLOCK}", "write [16, 16]", "scale_tile")
+            if fmt.block == ROW:
+                reason = f"{tile}, but {fmt.name} has one scale for a whole row"
+                raise FieldError(reason, "leave it out, or give the format a block", "scale_tile", "block")
             if columns % fmt.block:
                 reason = f"{tile}: columns must be a multiple of the block, {fmt.block}"
                 raise FieldError(reason, f"write [{rows}, {fmt.block}], or change the block", "scale_tile", "block")
@@ -87,6 +91,10 @@ class QuantizerSpec(Spec):
             raise FieldError(reason, "leave it out, or use a format with outer_scale", "outer_scale_mode")
         return self
 
+    def for_row(self, columns: int) -> QuantizerSpec:
+        """Return this quantizer with its format for rows of so many elements; see `FormatSpec.for_row`."""
+        return self if self.format.block != ROW else _for_row(self, int(columns))
+
     @property
     def name(self) -> str:
         """The format's name and whatever differs from plain quantization, in one short text."""
@@ -95,3 +103,8 @@ class QuantizerSpec(Spec):
         extra += [f"hadamard={self.hadamard.size}"] if self.hadamard else []
         extra += ["static"] if self.outer_scale_mode == "static" else []
         return self.format.name + (f"({', '.join(extra)})" if extra else "")
+
+
+@functools.lru_cache(maxsize=4096)
+def _for_row(spec: QuantizerSpec, columns: int) -> QuantizerSpec:
+    return QuantizerSpec.from_key(spec.model_copy(update={"format": spec.format.for_row(columns)}).key)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from microscale.errors import unknown_name
-from microscale.spec.format import FormatSpec
+from microscale.spec.format import MAX_BLOCK, ROW_WORD, FormatSpec
 from microscale.spec.quantizer import HADAMARD_SIZES
 from microscale.spec.recipe import RecipeSpec
 from microscale.spec.registry import list_elements, list_formats, list_scale_rules
@@ -68,7 +68,10 @@ def _definitions() -> dict[str, Schema]:
     elements = {"anyOf": [{"enum": list_elements()}, _ref("element")]}
     rules = {"anyOf": [{"enum": list_scale_rules()}, _ref("scale_rule")]}
     outer = {"anyOf": [{"const": "fp32"}, _ref("outer_scale"), {"type": "null"}]}
-    parts = {"element": elements, "scale": elements, "scale_rule": rules, "outer_scale": outer}
+    parts: Schema = {"element": elements, "scale": elements, "scale_rule": rules, "outer_scale": outer}
+    described = made["format"]["properties"]["block"]["description"]
+    numbers = {"type": "integer", "minimum": 1, "maximum": MAX_BLOCK}
+    parts["block"] = {"anyOf": [numbers, {"const": ROW_WORD}], "description": described}
     names = {"anyOf": [{"enum": list_formats()}, {"type": "string", "description": "a path, or a registered name"}]}
     sizes = {"enum": list(HADAMARD_SIZES)}
 

@@ -128,7 +128,7 @@ def main(names: list[str]) -> None:
     if "user" in names:
         formats += [{"name": name.replace(" ", "_"), "scale_rule": _rule(d), **d} for name, d in USER_FORMATS.items()]
     for fmt in formats:
-        spec = ms.find_quantizer(fmt)
+        spec = ms.find_quantizer(fmt).for_row(64)
         for scale_layout in layout.LAYOUTS:
             suite.one_axis(spec, x, "rows", scale_layout)
             suite.one_axis(spec, tall, "columns", scale_layout)
@@ -147,7 +147,7 @@ def main(names: list[str]) -> None:
         count = len(MODES) if DEVICE.type == "cuda" else 3
         for _, changes in zip(range(count), itertools.islice(itertools.cycle(MODES), next(turn), None), strict=False):
             try:
-                changed = ms.find_quantizer(fmt, **changes)
+                changed = ms.find_quantizer(spec, **changes)
             except MicroscaleError:
                 continue
             suite.one_axis(changed, x, "rows", layout.STRIDED)

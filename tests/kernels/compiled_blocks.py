@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {  # name: (kernel, forma
 def plan_of(case: str, capability: int):
     """The jitted kernel, its plan, the quantizer, and how many elements a program takes."""
     which, name, changes = CASES[case]
-    spec, arch = ms.find_quantizer(name, **changes), (capability // 10, capability % 10)
+    spec, arch = ms.find_quantizer(name, **changes).for_row(128), (capability // 10, capability % 10)
     outer = spec.format.outer_scale
     code = amax.NONE if outer is None else amax.BY_ROW if outer.per == "row" else amax.FROM_AMAX
     kind = quantize_blocks.Kind(code, 256)

@@ -42,7 +42,7 @@ def compiled(constants: dict[str, object], capability: int) -> collections.Count
 
 def main(capability: int) -> None:
     for name in ms.list_formats():
-        fmt = ms.find_format(name)
+        fmt = ms.find_format(name).for_row(128)
         outer = OUTERS[None if fmt.outer_scale is None else fmt.outer_scale.per]
         plain = dequantize.WHOLE_ROWS if outer == dequantize.BY_ROW else dequantize.ANY_ROWS
         ways = (

@@ -67,7 +67,7 @@ def calls_of(name: str, capability: int) -> list[tuple]:
         module.launch = lambda *args: calls.append(args)
     quantize._capability = lambda device: (capability // 10, capability % 10)
     seed = torch.tensor([1, 2])
-    quantize.quantize(x, ms.find_quantizer(fmt, **changes), None, None, seed, "strided")
+    quantize.quantize(x, ms.find_quantizer(fmt, **changes).for_row(x.shape[-1]), None, None, seed, "strided")
     return calls
 
 

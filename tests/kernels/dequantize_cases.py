@@ -138,8 +138,8 @@ def guarded(args: tuple[object, ...], names: set[str]) -> torch.Tensor:
 def main(device: str, formats: list[object]) -> None:
     """Compare the values of every case bit for bit, and the memory around them."""
     checked, kernels = 0, {}
-    for fmt in (ms.find_format(f) for f in formats):
-        ran = kernels.setdefault(fmt.name, set())
+    for named in map(ms.find_format, formats):
+        fmt, ran = named.for_row(64), kernels.setdefault(named.name, set())
         for what, qdata, scale, outer, columns, scale_layout, dtype in cases(fmt):
             stored = scale
             if scale_layout == layout.SWIZZLED:

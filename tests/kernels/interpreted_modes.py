@@ -88,12 +88,13 @@ def spec_of(case: dict[str, object]) -> ms.QuantizerSpec | None:
         exponent_only = made["scale"] == "e8m0" or made["scale"] is E5M0
         fmt = {"name": fmt.replace(" ", "_"), "scale_rule": "rceil" if exponent_only else "nearest", **made}
     try:
-        block = ms.find_quantizer(fmt).format.block
+        base = ms.find_quantizer(fmt).for_row(72)
+        block = base.format.block
         tile = case["tile"]
         if tile is not None and tile[1] < 16:
             tile = (tile[0], tile[1] * block)
         return ms.find_quantizer(
-            fmt, scale_rule=case["rule"], rounding=case["rounding"], scale_tile=tile, hadamard=case["hadamard"]
+            base, scale_rule=case["rule"], rounding=case["rounding"], scale_tile=tile, hadamard=case["hadamard"]
         )
     except SpecError:
         return None

@@ -114,7 +114,7 @@ def of_format(name: str | dict[str, object]) -> Iterator[dict[str, str]]:
     """One format: rounding, layouts, outer scales, kinds of weight."""
     for changes in ({}, {"rounding": "stochastic"}):
         try:
-            spec = ms.find_quantizer(name, **changes)
+            spec = ms.find_quantizer(name, **changes).for_row(64)
         except SpecError:
             continue
         columns = 2 * max(32, spec.format.block)

@@ -32,7 +32,7 @@ def test_formats_that_no_shipped_one_is_like_equal_the_reference(device):
 
 
 def plan(fmt, shape, columns, scale_layout=layout.STRIDED, outer=dequantize.NONE, aligned=True):
-    return dequantize._plan(ms.find_format(fmt), shape, columns, scale_layout, outer, aligned)
+    return dequantize._plan(ms.find_format(fmt).for_row(128), shape, columns, scale_layout, outer, aligned)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -29,7 +29,7 @@ def chosen(op, fmt, shape=(64, 8192), given=False, dtype=torch.bfloat16, capabil
     """The kernel that runs an op on a GPU that need not be here."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     operands = (x, x) if op == "silu_mul_quantize" else (x,)
-    spec = ms.find_quantizer(fmt, **changes)
+    spec = ms.find_quantizer(fmt, **changes).for_row(128)
     described = problem(op, operands, spec, given, "strided")
     rows = tuple(dataclasses.replace(o, order=order) for o in described.operands)
     described = dataclasses.replace(described, operands=rows, device="cuda", capability=capability)

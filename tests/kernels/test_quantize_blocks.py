@@ -80,7 +80,7 @@ def test_the_table_of_kernels_is_complete():
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_dense_bf16_is_theirs(fmt):
     """The dispatcher gives them what they were made for, and the rest to the generic kernel."""
-    spec = ms.find_quantizer(fmt)
+    spec = ms.find_quantizer(fmt).for_row(128)
 
     def chosen(shape, order="rows", dtype="bfloat16", layout="strided"):
         operand = dispatch.Operand(shape, dtype, order=order)

@@ -30,6 +30,15 @@ def lift(element: ElementSpec) -> int:
     return math.floor(math.log2(TARGET.max_value / largest))
 
 
+def span(element: ElementSpec) -> int:
+    """Return how far below its row's largest exponent a block's may be so that E4M3 holds all its bits.
+
+    14 for E2M1; 0 or less for elements of 8 bits, whose smallest numbers lose bits in all but the largest blocks.
+    """
+    lowest, target = ((e.bias or 0) + (e.mantissa or 0) for e in (element, TARGET))
+    return lift(element) + target - lowest
+
+
 def _embeds(element: ElementSpec) -> bool:
     """Whether codes, moved to where E4M3 has their parts, are NaN exactly where E4M3 is."""
     if (element.exponent, element.mantissa) == (TARGET.exponent, TARGET.mantissa):
@@ -51,6 +60,27 @@ def fits(fmt: FormatSpec | None) -> bool:
     in_range = five or (in_range and exponent <= 4 and _embeds(element))
     powers = scale.exponent_only and scale.width == 8 and scale.nan == "all_ones"
     return in_range and powers and fmt.block in (16, 32, 64, 128, 256)
+
+
+def is_exact(qdata: torch.Tensor, scale: torch.Tensor, fmt: FormatSpec, columns: int) -> bool:
+    """Return True if `align_rows` keeps every value; arguments as its, scales strided. Reads the device's memory once.
+
+    Blocks of zeros and NaN blocks are kept whatever their scales. Elements have neither NaN nor infinity.
+    """
+    blocks, bias, stored = -(-columns // fmt.block), fmt.scale.bias or 0, scale.to(torch.int32)
+    if not stored.numel():
+        return True
+    nan = stored.eq(fmt.scale.nan_code or 0)
+    top = stored.masked_fill(nan, 0).amax(-1, keepdim=True)
+    row = (top - bias - lift(fmt.element)).clamp(SMALLEST_ROW, LARGEST_ROW)
+    shift = stored - bias - row
+    lost = ~nan & ((shift < lift(fmt.element) - span(fmt.element)) | (shift > lift(fmt.element)))
+    if not bool(lost.any()):
+        return True
+    zeros = [code for code, value in enumerate(fmt.element.table) if value == 0]
+    codes = packing.unpack(qdata, fmt.element.width).unflatten(-1, (blocks, fmt.block))
+    empty = torch.isin(codes, torch.tensor(zeros, dtype=torch.uint8, device=codes.device)).all(-1)
+    return not bool((lost & ~empty).any())
 
 
 def align_rows(

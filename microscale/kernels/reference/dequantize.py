@@ -24,6 +24,7 @@ def dequantize(
 
     `outer_scale` broadcasts against the scales [..., R, blocks]; None counts as 1.
     """
+    fmt = fmt.for_row(columns)
     blocks, shape = -(-columns // fmt.block), qdata.shape[:-1]
     if scale_layout == layout.SWIZZLED:
         scale = layout.unswizzle(scale, shape[-1] if shape else 1, blocks).reshape(*shape, blocks)

@@ -19,7 +19,10 @@ from microscale.spec.format import FormatSpec
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A block-scaled operand without the subclass: `axis` (negative) is the blocked dimension, `size` its length."""
+    """A block-scaled operand without the subclass: `axis` (negative) is the blocked dimension, `size` its length.
+
+    `exact_rows`: as of a tensor's `Meta`.
+    """
 
     qdata: torch.Tensor
     scale: torch.Tensor
@@ -28,6 +31,7 @@ class Parts:
     axis: int
     size: int
     layout: str
+    exact_rows: bool | None = None
 
     def dequantize(self, dtype: torch.dtype, *, with_outer: bool = True) -> torch.Tensor:
         """Return the values in the operand's own orientation."""

@@ -66,6 +66,7 @@ def quantize(
     None is dynamic. Returns qdata uint8 [..., R, blocks * block bytes], scale [..., R, blocks] (or swizzled blobs),
     outer scale FP32 or None.
     """
+    spec = spec.for_row(x.shape[-1])
     if spec.hadamard is not None:
         x = hadamard.hadamard(x, spec.hadamard.size, spec.hadamard.sign)
     fmt, plan = spec.format, _plan(x, spec)

@@ -25,6 +25,7 @@ RUN = 8
 THREADS, RUNS = 128, 4
 # Everything else: lanes of a program, few enough registers to hold the tile.
 LANES, LANE_WARPS = 2048, 2
+LANES_OF_WARP, MOST_WARPS = 2048, 32  # where one block is more than a program's lanes: 64 values a thread
 
 NONE, SCALAR, BY_ROW, BY_BLOCK = range(4)  # outer scales
 FLOAT, INTEGER, CODEBOOK, HALF_FLOAT, HALF_INTEGER = range(5)  # what a run of codes is decoded as
@@ -113,7 +114,8 @@ def _plan(fmt: FormatSpec, shape: tuple[int, ...], columns: int, scale_layout: s
     by_block = int(outer == BY_BLOCK)
     sizes = (total, rows, columns, blocks, blocks if by_block else 1, by_block)
     constants = row_constants(fmt, swizzle, min(outer, BY_ROW), flat, wide)
-    return Plan(_jit().dequantize_rows, -(-total // per_program), sizes, constants, LANE_WARPS)
+    warps = min(MOST_WARPS, max(LANE_WARPS, lanes // LANES_OF_WARP))
+    return Plan(_jit().dequantize_rows, -(-total // per_program), sizes, constants, warps)
 
 
 def _plan_of_runs(fmt: FormatSpec, total: int, rows: int, blocks: int, swizzle: bool, outer: int) -> Plan | None:

@@ -15,6 +15,7 @@ _FINISH = {
     key: MappingProxyType({"LEFT": key[0], "RIGHT": key[1], "BIAS": key[2], "WIDTH": WIDTH})
     for key in ((a, b, c) for a in (False, True) for b in (False, True) for c in (False, True))
 }
+_JOIN = {b: MappingProxyType({"SCALE": 2.0**-8, "BIAS": b, "SIZE": WIDTH}) for b in (False, True)}
 _SPLIT = {n: MappingProxyType({"COUNT": n, "SCALE": 256.0, "SIZE": WIDTH}) for n in (1, 2, 3)}
 
 
@@ -62,6 +63,11 @@ def combined(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, t
 
 def split(x: torch.Tensor, pieces: int) -> list[torch.Tensor]:
     """Return bfloat16 tensors as `cublas.exact.split`, with dense rows."""
+    return list(stacked(x, pieces).unbind(0))
+
+
+def stacked(x: torch.Tensor, pieces: int) -> torch.Tensor:
+    """Return the tensors of `split` as one, dense: bfloat16 [pieces, *x.shape]."""
     from microscale.kernels.triton import jit_epilogue
 
     x = x.contiguous()
@@ -69,4 +75,16 @@ def split(x: torch.Tensor, pieces: int) -> list[torch.Tensor]:
     if total := x.numel():
         args = (x, made.view(torch.int16), total)
         launch(jit_epilogue.split_values, -(-total // WIDTH), args, _SPLIT[pieces], WARPS)
-    return list(made.unbind(0))
+    return made
+
+
+def join(sums: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Write sums[0] + 2**-8 sums[1] + bias to out, added in FP32 and rounded once to its dtype.
+
+    sums FP32 [2, M, N] and out [M, N], dense; bias dense [N] of any float dtype, or None.
+    """
+    from microscale.kernels.triton import jit_epilogue
+
+    if total := out.numel():
+        args = (sums, sums if bias is None else bias, out, out.shape[-1], total)
+        launch(jit_epilogue.join_pieces, -(-total // WIDTH), args, _JOIN[bias is not None], WARPS)

@@ -1,4 +1,4 @@
-"""Jitted code around a GEMM: finishing FP32 sums, joining outer scales, cutting numbers into bfloat16 pieces."""
+"""Jitted code around a GEMM: finishing FP32 sums, joining outer scales, bfloat16 pieces of numbers and their sums."""
 
 # mypy: ignore-errors
 # (The Triton language has no Python types.)
@@ -65,3 +65,15 @@ def split_values(x, pieces, total, COUNT: tl.constexpr, SCALE: tl.constexpr, SIZ
         tl.store(pieces + i * total + place, (bits >> 16).to(tl.int16), mask=there)
         rest = (bits.to(tl.float32, bitcast=True) - top.to(tl.float32, bitcast=True)) * SCALE
         bits = tl.where(finite, rest.to(tl.int32, bitcast=True), 0)
+
+
+@triton.jit
+def join_pieces(sums, bias, out, columns, total, SCALE: tl.constexpr, BIAS: tl.constexpr, SIZE: tl.constexpr):
+    """out [total] = sums[0] + SCALE * sums[1] + bias, rounded once; sums [2, total], bias [columns] repeats."""
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    there = place < total
+    value = tl.load(sums + place, mask=there, other=0.0)
+    value += tl.load(sums + total + place, mask=there, other=0.0) * SCALE
+    if BIAS:
+        value += tl.load(bias + place % columns, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=there)

@@ -1,0 +1,58 @@
+"""Operands of products: an FP32 scale that a whole row shares multiplies the sums, not the row's elements.
+
+A row that is one block has one scale, constant along the contraction, as outer scales of rows are. So kernels get such
+an operand as codes under powers of two (all 1) and an FP32 outer scale of rows. Then its values are exact in few bits:
+E4M3 codes are bfloat16 numbers, which no E4M3 code times an FP32 scale is.
+
+The sum of the products times the scale, rounded once more, is as near to the exact product as the sum of products with
+rounded elements; both are within the bound that kernels state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from microscale import dispatch
+from microscale.kernels.reference.matmul import Operand
+from microscale.numerics import layout
+from microscale.spec.element import ElementSpec
+from microscale.spec.format import FormatSpec, ScaleRuleSpec
+
+POWER = ElementSpec(name="e8m0", exponent=8, mantissa=0, bias=127, sign=False, subnormals=False, nan="all_ones")
+ONE = 127  # the code of 1
+
+
+@functools.lru_cache(maxsize=1024)
+def with_powers(fmt: FormatSpec) -> FormatSpec:
+    """Return a format with its elements and blocks, and scales that are powers of two; under its own name."""
+    rule = ScaleRuleSpec(base="floor")
+    return FormatSpec(name=fmt.name, element=fmt.element, block=fmt.block, scale=POWER, scale_rule=rule)
+
+
+def moves(fmt: FormatSpec, size: int, scale_layout: str, along: bool) -> bool:
+    """Return True for an operand whose scale can leave its rows of `size` elements. `along`: they are contracted."""
+    return along and 0 < size <= fmt.block and scale_layout == layout.STRIDED and fmt.scale.torch_dtype == "float32"
+
+
+def late(x: Operand, contraction: int) -> Operand:
+    """Return an operand that is contracted along -1 or -2 as kernels get it."""
+    if isinstance(x, torch.Tensor) or x.outer_scale is not None:
+        return x
+    if not moves(x.format, x.size, x.layout, x.axis == contraction):
+        return x
+    codes = torch.full_like(x.scale, ONE, dtype=torch.uint8, memory_format=torch.contiguous_format)
+    return dataclasses.replace(x, scale=codes, outer_scale=x.scale, format=with_powers(x.format))
+
+
+def describe(
+    shape: tuple[int, ...], fmt: FormatSpec, axis: int, contraction: int, scale_layout: str, outer: str | None
+) -> dispatch.Operand:
+    """Describe a block-scaled operand of a product, as `late` makes it. `outer`: see `dispatch.Operand`."""
+    size = shape[axis]
+    if outer is None and moves(fmt, size, scale_layout, axis == contraction):
+        several = any(n != 1 for d, n in enumerate(shape) if d != axis % len(shape))
+        fmt, outer = with_powers(fmt), "vector" if several else "scalar"
+    return dispatch.Operand(shape, "uint8", fmt, axis, scale_layout, outer, one_block=0 < size <= fmt.block)
