@@ -18,7 +18,8 @@ from microscale.interop.modules import Slot, slots, unwrapped
 from microscale.interop.safetensors_stream import TensorSpec
 from microscale.nn.convert import leave_fused_paths
 from microscale.nn.discover import describe
-from microscale.nn.layers import QuantizedLinear, to_quantized_
+from microscale.nn.experts import GroupedLinear
+from microscale.nn.layers import QuantizedGroupedLinear, QuantizedLinear, to_quantized_
 from microscale.tensor import BlockScaledTensor
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -70,9 +71,7 @@ class _Loader:
         self.slots, self.transient = slots(model), slots(model, persistent=False)
         amaxes = {_tensor_of(name, _AMAX) for name in self.contents.inputs}
         # The calibration of a layer that is quantized already belongs to that quantizer, and goes with it.
-        self.stale = {
-            n for n, s in self.slots.items() if s.attribute == _AMAX and isinstance(s.module, QuantizedLinear)
-        }
+        self.stale = {n for n, s in self.slots.items() if s.attribute == _AMAX and isinstance(s.module, _WITH_INPUT)}
         self.names = [name for name in checkpoint.names if name not in amaxes]
         self.sharers: dict[int, list[str]] = {}
         for name, slot in self.slots.items():
@@ -131,7 +130,7 @@ class _Loader:
                 raise CheckpointError(message, hint)
 
     def _check_layers(self) -> None:
-        """Refuse weights that a module would read without calling its layer, and input quantizers of no nn.Linear."""
+        """Refuse weights that a module would read without calling its layer, and input quantizers of other modules."""
         layers, _ = describe(self.model)
         kinds = {name: kind for layer in layers for name, kind in layer.uses}
         fixed = {_tensor_of(name, "weight"): layer.fixed for layer in layers for name, _ in layer.uses}
@@ -143,7 +142,8 @@ class _Loader:
         for name in self.contents.inputs:
             if kinds.get(name) != "linear":
                 message = (
-                    f"{self.checkpoint.path}: the input of {name!r} is quantized, which is no nn.Linear of the model"
+                    f"{self.checkpoint.path}: the input of {name!r} is quantized, "
+                    "which is no nn.Linear or GroupedLinear of the model"
                 )
                 hint = "give it a rule that keeps high_precision, or use a weight-only recipe, and quantize again"
                 raise CheckpointError(message, hint)
@@ -186,7 +186,7 @@ class _Loader:
 
     def _quantize_input(self, name: str) -> None:
         module = self.model.get_submodule(name)
-        assert isinstance(module, torch.nn.Linear)  # checked by _check_layers
+        assert isinstance(module, torch.nn.Linear | GroupedLinear)  # checked by _check_layers
         amax = None
         if _tensor_of(name, _AMAX) in self.checkpoint.tensors:
             amax = self.checkpoint.read(_tensor_of(name, _AMAX)).to(module.weight.device)
@@ -197,7 +197,8 @@ class _Loader:
         return self.checkpoint.read(name).to(self.device or default)
 
 
-_LAYERS = (torch.nn.Linear, torch.nn.Embedding)
+_LAYERS = (torch.nn.Linear, GroupedLinear, torch.nn.Embedding)
+_WITH_INPUT = (QuantizedLinear, QuantizedGroupedLinear)
 _ALREADY = "already quantized"
 
 
@@ -211,7 +212,7 @@ def _kind(spec: TensorSpec) -> tuple[tuple[int, ...], torch.dtype | None]:
 
 def _forget_input(module: torch.nn.Module) -> None:
     """What a quantized layer did with its inputs before is not part of what it becomes."""
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, _WITH_INPUT):
         module.input_quantizer = module.input_amax = None
 
 

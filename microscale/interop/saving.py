@@ -15,7 +15,7 @@ from microscale.interop.dialect import Contents, Dialect, QuantizedEntry, file_s
 from microscale.interop.folder import atomic_folder, check_space, check_target, write_files, write_json
 from microscale.interop.modules import Slot, slots, unwrapped
 from microscale.interop.safetensors_stream import StreamWriter, TensorSpec
-from microscale.nn.layers import QuantizedLinear
+from microscale.nn.layers import QuantizedGroupedLinear, QuantizedLinear
 from microscale.nn.plan import Plan
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor
@@ -109,7 +109,7 @@ class _Job:
 
 
 def _input_quantizer(slot: Slot) -> QuantizerSpec | None:
-    if slot.attribute != "weight" or not isinstance(slot.module, QuantizedLinear):
+    if slot.attribute != "weight" or not isinstance(slot.module, QuantizedLinear | QuantizedGroupedLinear):
         return None
     return slot.module.input_quantizer
 

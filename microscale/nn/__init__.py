@@ -3,14 +3,14 @@
 from microscale.nn.convert import quantize_
 from microscale.nn.diagnostics import Diagnosis, diagnose, read_diagnostics
 from microscale.nn.grouped_gemm import alignment_of, quantize_experts, three_grouped_gemm
-from microscale.nn.layers import QuantizedEmbedding, QuantizedLinear, to_quantized_
+from microscale.nn.layers import QuantizedEmbedding, QuantizedGroupedLinear, QuantizedLinear, to_quantized_
 from microscale.nn.plan import Layer, LayerPlan, Plan, make_plan, plan
 from microscale.nn.schedule import set_progress
 from microscale.nn.three_gemm import GemmState, observe, three_gemm
 from microscale.nn.token_groups import TokenGroups
 from microscale.nn.training import Training, finish_training_, prepare_training_
 from microscale.nn.training_experts import GroupedLinear, TrainingGroupedLinear
-from microscale.nn.training_linear import TrainingLinear
+from microscale.nn.training_linear import TrainingLayer, TrainingLinear
 
 __all__ = [
     "Diagnosis",
@@ -20,10 +20,12 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "QuantizedEmbedding",
+    "QuantizedGroupedLinear",
     "QuantizedLinear",
     "TokenGroups",
     "Training",
     "TrainingGroupedLinear",
+    "TrainingLayer",
     "TrainingLinear",
     "alignment_of",
     "diagnose",

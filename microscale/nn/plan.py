@@ -72,7 +72,10 @@ def make_plan(layers: Iterable[Layer], recipe: RecipeLike, other_bytes: int = 0)
     _check_rules(spec, found)
     made = Plan(spec, tuple(_decide(layer, spec) for layer in found), other_bytes)
     if not made.quantized:
-        hint = "recipes reach nn.Linear and GroupedLinear weights, and those of nn.Embedding where a rule says `types: [embedding]`"
+        hint = (
+            "recipes reach the weights of nn.Linear and GroupedLinear, "
+            "and of nn.Embedding where a rule says `types: [embedding]`"
+        )
         if any(layer.stored_bytes for layer in found):
             hint = "start again from the high-precision model to quantize by another recipe"
         raise RecipeError(f"recipe {spec.name!r} quantizes nothing here: {_why_nothing(made)}", hint)

@@ -33,6 +33,11 @@ def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -
     """
     if not isinstance(weight, BlockScaledTensor):
         raise InputError(f"prepare takes a BlockScaledTensor, got {type(weight).__name__}", "quantize it first")
+    if weight.dim() > 2:
+        raise InputError(
+            f"prepare takes a weight [N, K], got experts {list(weight.shape)}",
+            "leave them as they are: grouped products take the plain layout",
+        )
     if quantized_activations:
         return noted(weight.to_layout(layout.STRIDED) if weight.scale_layout == layout.FRAGMENTS else weight)
     if weight.scale_layout == layout.FRAGMENTS:
@@ -90,6 +95,8 @@ _FOUND = {None: "", True: ", rows exact in E4M3", False: ", rows not exact in E4
 def prepare_(model: torch.nn.Module) -> dict[str, str]:
     """Prepare every block-scaled weight of a model's linear layers, in place, for the activations that each takes.
 
+    Weights of experts stay as they are, which the result says too.
+
     Returns {module name: "fragments", or why its weight stays as it was}; for layers that quantize their activations,
     "strided" (or "swizzle_32_4_4"), and what was found of a weight's rows: ", rows exact in E4M3" or ", rows not exact
     in E4M3".
@@ -97,7 +104,9 @@ def prepare_(model: torch.nn.Module) -> dict[str, str]:
     done: dict[str, str] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(module, torch.nn.Linear) or not isinstance(weight, BlockScaledTensor):
+        if not isinstance(weight, BlockScaledTensor):
+            continue
+        if not isinstance(module, torch.nn.Linear) and weight.dim() != 3:  # which a stack of linear layers has
             continue
         quantized = getattr(module, "input_quantizer", None) is not None
         try:

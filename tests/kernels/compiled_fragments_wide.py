@@ -1,7 +1,8 @@
 """Compile `matmul_wide` for Hopper without a GPU: `python -m tests.kernels.compiled_fragments_wide [NAME ...]`.
 
-Prints one JSON line for each format and tile: "local" accesses (spills), whether ptxas put the tensor cores'
-instructions one after the other (it says so), shared memory, and what the code contains.
+Prints one JSON line for each format, tile and kind of result: "local" accesses (spills), whether ptxas put the tensor
+cores' instructions one after the other (it says so), what is written while they read it ("hazards"), shared memory, and
+what the code contains.
 """
 
 import json
@@ -17,6 +18,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 import microscale as ms
 from microscale.kernels.triton import fragments_wide, jit_fragments_wide
+from tests.kernels.wgmma_hazards import hazards
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"words": "*i32", "scales": "*i32", "outer": "*fp32", "bias": "*bf16", "out": "*bf16", "parts": "*fp32"}
@@ -24,12 +26,12 @@ FORMATS = ("mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8")
 ROWS = (32, 64, 128)
 
 
-def compiled(name, rows):
+def compiled(name, rows, out, bias):
     """The facts of one kernel."""
     fmt, cut = ms.find_format(name), fragments_wide.cut_of(rows, 8192, 132)
-    known = fragments_wide.constants_of(fmt, cut.rows, cut.units, int(fmt.outer_scale is not None), True)
+    known = fragments_wide.constants_of(fmt, cut.rows, cut.units, int(fmt.outer_scale is not None), bias)
     kernel = jit_fragments_wide.matmul_wide
-    types = POINTERS | {"x": f"tensordesc<bf16[{cut.rows}, 64],{jit_fragments_wide.X_LAYOUT!r}>"}
+    types = POINTERS | {"out": f"*{out}", "x": f"tensordesc<bf16[{cut.rows}, 64],{jit_fragments_wide.X_LAYOUT!r}>"}
     signature = {n: "constexpr" if n in known else types.get(n, "i32") for n in kernel.arg_names}
     plain = [i for i, n in enumerate(kernel.arg_names) if n in POINTERS or n == "columns"]
     source = GluonASTSource(kernel, signature, dict(known), {(i,): [["tt.divisibility", 16]] for i in plain})
@@ -44,7 +46,8 @@ def compiled(name, rows):
     found = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", sass)
     names = [n.split(".")[0] for n in found]
     return {
-        "format": name, "rows": cut.rows, "local": names.count("LDL") + names.count("STL"),
+        "format": name, "rows": cut.rows, "out": out, "hazards": hazards(sass),
+        "local": names.count("LDL") + names.count("STL"),
         "serialized": "serialized" in said, "shared": made.metadata.shared, "mma": names.count("HGMMA"),
         "copies": names.count("UTMALDG"), "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
     }  # fmt: skip
@@ -53,4 +56,5 @@ def compiled(name, rows):
 if __name__ == "__main__":
     for wanted in sys.argv[1:] or FORMATS:
         for count in ROWS:
-            print(json.dumps(compiled(wanted, count)), flush=True)
+            for kind in (("bf16", False), ("fp32", True)):
+                print(json.dumps(compiled(wanted, count, *kind)), flush=True)

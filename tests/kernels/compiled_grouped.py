@@ -106,7 +106,9 @@ def main(capability: int) -> None:
                     tensors |= {"a": f"tensordesc<bf16{[tile.rows, tile.depth]}>", "b": f"tensordesc<bf16{block}>"}
                 report(jit_grouped.grouped_values, tile, capability, known, tensors, across=across, engine=copies)
     tile = grouped.wgrad_tile(4096, 4096, target)
-    report(jit_grouped.grouped_transposed, tile, capability, grouped.wgrad_constants(tile))
+    for down in ((False, False), (True, True), (True, False), (False, True)):
+        known = grouped.wgrad_constants(tile, down)
+        report(jit_grouped.grouped_transposed, tile, capability, known, down=list(down))
 
 
 if __name__ == "__main__":

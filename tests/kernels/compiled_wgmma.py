@@ -19,6 +19,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 import microscale as ms
 from microscale.kernels.triton import jit_wgmma, wgmma
 from tests.kernels.compiled_grouped import instructions, loop
+from tests.kernels.wgmma_hazards import hazards
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"a_outer": "*fp32", "b_outer": "*fp32", "bias": "*bf16", "offsets": "*i32"}
@@ -55,7 +56,8 @@ def compiled(name, tile, out="bf16", by_group=True, splits=1, bias=False, swizzl
     return {
         "format": name, "tile": list(tile), "out": out, "registers": int(registers[1]) if registers else 0,
         "shared": made.metadata.shared, "local": names.count("LDL") + names.count("STL"),
-        "serialized": "serialized" in said, "mma": names.count("HGMMA"), "copies": names.count("UTMALDG"),
+        "serialized": "serialized" in said, "hazards": hazards(sass), "mma": names.count("HGMMA"),
+        "copies": names.count("UTMALDG"),
         "loop": len(loop(sass)), "code_loads": sum(n == "LDS" for n in loop(sass)),
     }  # fmt: skip
 

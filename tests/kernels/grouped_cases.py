@@ -1,7 +1,8 @@
 """The grouped kernels against FP64, within the derived bound.
 
 `python -m tests.kernels.grouped_cases cpu FORMAT ...` runs them in Triton's interpreter, `cuda` compiled on the device;
-"plain" multiplies plain operands, and the gradient of the matrices; "user" adds formats that no shipped one is like;
+"plain" multiplies plain operands, and the gradient of the matrices; "columns" takes that gradient from operands that
+are stored column by column; "user" adds formats that no shipped one is like;
 "engine" pretends in the interpreter that there is a copy engine. A process of its own, because TRITON_INTERPRET must
 be set before the jitted code is loaded. Prints one JSON line per mismatch, then
 {"checked": n, "kernels": {format: [the kernels that ran]}}.
@@ -167,7 +168,11 @@ def _error(kernel, args, wanted, ran: set[str], workspace: int = 2**15) -> str |
     except AssertionError as error:
         return str(error)[:300]
     for note in launches:
-        ways = [w.lower() for w in ("ACROSS", "COPIES", "EVEN", "A_OUTER", "B_OUTER") if note.constants.get(w)]
+        ways = [
+            w.lower()
+            for w in ("ACROSS", "COPIES", "EVEN", "A_OUTER", "B_OUTER", "A_DOWN", "B_DOWN")
+            if note.constants.get(w)
+        ]
         if note.kernel.fn.__name__.startswith("grouped"):
             ran.add(" ".join([note.kernel.fn.__name__, *ways]))
     return None
@@ -197,6 +202,39 @@ def plain(device: str, ran: set[str]) -> Iterator[tuple[str, str | None]]:
             yield f"wgrad {columns} x {size}, {spread}", _error(grouped.grouped_wgrad, args, (out, total, ROWS), ran)
 
 
+def columns_first(device: str, ran: set[str]) -> Iterator[tuple[str, str | None]]:
+    """The gradient of the matrices from operands of which each column lies together, as decoding leaves them.
+
+    Groups that start at multiples of eight and others, and what falls back: an odd number of rows, odd addresses.
+    """
+    ends = ENDS | {"whole": (24, 24, 40, 64), "whole with rows left over": (8, 16, 16, 56)}
+    for (columns, size), (spread, stops) in itertools.product(((72, 192), (33, 256), (130, 40), (1, 1)), ends.items()):
+        offsets = torch.tensor(stops, dtype=torch.int32, device=device)
+        for i, rows in enumerate((64, 64, 64, 60, 64)):
+            dy, x = (torch.randn(rows, n, device=device).bfloat16() for n in (columns, size))
+            starts = (0, *stops)
+            inside = torch.zeros(rows, dtype=torch.bool, device=device)
+            inside[: stops[-1]] = True
+            dy[~inside], x[~inside] = torch.nan, torch.inf
+            if stops[0] < stops[1]:
+                x[stops[0], 0] = torch.nan  # the first of the second group, which no other may see
+            left, right = (_as_columns(t, i == 4) if down else t for t, down in ((dy, i != 1), (x, i != 2)))
+            parts_ = [slice(*pair) for pair in zip(starts, stops, strict=False)]
+            out = torch.stack([dy[r].cpu().double().t() @ x[r].cpu().double() for r in parts_])
+            total = torch.stack([dy[r].cpu().double().abs().t() @ x[r].cpu().double().abs() for r in parts_])
+            args = (left, right, offsets, DTYPES[(i + size) % 3])
+            wanted = (out, total.nan_to_num(0), rows)
+            yield f"wgrad {columns} x {size}, {rows} {spread}, {i}", _error(grouped.grouped_wgrad, args, wanted, ran)
+
+
+def _as_columns(t: torch.Tensor, odd: bool) -> torch.Tensor:
+    """The same values column by column, with room between columns; `odd`: from an odd address on."""
+    rows, columns = t.shape
+    room = torch.full((columns * (rows + 8) + 1,), torch.nan, dtype=t.dtype, device=t.device)
+    out = room[int(odd) :][: columns * (rows + 8)].view(columns, rows + 8)[:, :rows].t()
+    return out.copy_(t)
+
+
 def main(device: str, names: list[str]) -> None:
     checked, kernels = 0, {}
     if device == "cpu" and "engine" in names:  # as if there were a copy engine
@@ -204,7 +242,8 @@ def main(device: str, names: list[str]) -> None:
     formats = [n for n in names if n not in ("engine", "user")] + list(USER_FORMATS if "user" in names else ())
     for fmt in formats:
         ran = kernels.setdefault(fmt["name"] if isinstance(fmt, dict) else fmt, set())
-        found = plain(device, ran) if fmt == "plain" else products(ms.find_format(fmt), device, ran)
+        other = {"plain": plain, "columns": columns_first}.get(str(fmt))
+        found = other(device, ran) if other is not None else products(ms.find_format(fmt), device, ran)
         for case, error in found:
             checked += 1
             if error is not None:

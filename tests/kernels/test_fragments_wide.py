@@ -9,6 +9,7 @@ from microscale.kernels.triton.fragments_wide import Cut
 from tests.kernels.processes import lines
 from tests.kernels.products import check, parts
 from tests.kernels.test_fragments import FITTING, chosen, weight
+from tests.kernels.wgmma_hazards import hazards
 
 
 def test_who_gets_which_rows():
@@ -39,15 +40,39 @@ def test_before_and_after():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8"])
+@pytest.mark.parametrize("name", FITTING)
 def test_it_compiles(name):
-    """Without local memory, tensor cores' instructions in flight while the next operand is decoded."""
+    """Without local memory; products in flight while the next operand is decoded, none of which loses its operand."""
     found = lines("tests.kernels.compiled_fragments_wide", name)
-    assert len(found) == 3
+    assert len(found) == 6
     for f in found:
-        assert f["local"] == 0 and not f["serialized"] and f["mma"] >= 8 and f["copies"], f
+        assert not f["hazards"] and f["local"] == 0 and not f["serialized"] and f["mma"] >= 8 and f["copies"], f
         resident = 2 if f["rows"] == 128 else 3
         assert f["registers"] * 128 * resident <= 65536 and (f["shared"] + 1024) * resident <= 228 << 10, f
+
+
+HAZARD = """
+/*0000*/ HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR8], R24, gsb0 ;
+/*0008*/ {early} ;
+/*0010*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+/*0020*/ {write} ;
+/*0030*/ HGMMA.64x64x16.F32.BF16 R56, R104, gdesc[UR8], R56, gsb0 ;
+/*0040*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+/*0050*/ @P0 BRA 0x0 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("early", "write", "bad"),
+    [
+        ("NOP", "LOP3.LUT R90, R1, R2", True), ("NOP", "LDS.128 R84, [R3]", False), ("NOP", "LDS.128 R85, [R3]", True),
+        ("NOP", "IMAD R92, R1, R88", False), ("NOP", "STS.128 [R1], R88", False), ("NOP", "IMAD R104, R1, R2", False),
+        ("IMAD R104, R1, R2", "NOP", True),
+    ],
+)  # fmt: skip
+def test_hazards_are_seen(early, write, bad):
+    """What the reading of machine code finds. Early, the product of the turn before still reads R104."""
+    assert bool(hazards(HAZARD.replace("{write}", write).replace("{early}", early))) == bad
 
 
 @pytest.mark.gpu
@@ -59,7 +84,7 @@ def test_on_a_gpu(name):
     bias = torch.randn(448, device="cuda").to(torch.bfloat16)
     for rows, dtype in ((17, torch.bfloat16), (32, torch.float32), (64, torch.float16), (300, torch.float32)):
         x = torch.randn(rows, 1024, device="cuda").to(torch.bfloat16)
-        assert ms.explain("matmul", x, made.t()).chosen == "triton.matmul_fragments_wide"
+        assert ms.explain("matmul", x, made).chosen == "triton.matmul_fragments_wide"
         got = ms.matmul(x, made.t(), bias, dtype)
         check(got, x, q.t(), bias, dtype)
         assert torch.equal(got, ms.matmul(x, made.t(), bias, dtype))

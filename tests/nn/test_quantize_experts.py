@@ -322,7 +322,8 @@ def test_back_to_high_precision_and_on_to_another_recipe(model, tokens):
 
 def test_training_leaves_quantized_experts_alone(model):
     ms.quantize_(model, "nvfp4_weight_only")
-    assert [row.reason for row in ms.prepare_training_(model, "mxfp8_train").rows][-2:] == ["already quantized"] * 2
+    with pytest.raises(RecipeError, match=r"already quantized \(2 layers\)"):
+        ms.prepare_training_(model, "mxfp8_train")
 
 
 @pytest.mark.parametrize(("name", "fresh"), [*itertools.product(["nvfp4_weight_only", "mxfp8_weight_only"], (0, 1))])
@@ -336,6 +337,32 @@ def test_weight_only_files_round_trip(name, fresh, model, tokens, tmp_path):
     for part in ("up_proj", "down_proj"):
         assert_same_quantized(other.get_submodule(part).weight.detach(), model.get_submodule(part).weight.detach())
     assert_same_bits(other(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("kind", ["fresh", "quantized", "meta"])
+def test_files_round_trip(name, kind, model, tokens, tmp_path):
+    other = copy.deepcopy(model)
+    plan = ms.quantize_(model, name, calibrate=[tokens])
+    if kind == "quantized":
+        ms.quantize_(other, "nvfp4_static", calibrate=[tokens * 2])
+    ms.save(model, tmp_path / "out", plan=plan)
+    ms.load(tmp_path / "out", other if kind != "meta" else (other := other.to("meta")), device=tokens.device)
+    for part in ("up_proj", "down_proj"):
+        made, saved = other.get_submodule(part), model.get_submodule(part)
+        assert isinstance(made, QuantizedGroupedLinear) and made.input_quantizer == saved.input_quantizer
+        assert_same_quantized(made.weight.detach(), saved.weight.detach())
+    assert_same_bits(other(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("name", ["nvfp4_weight_only", "mxfp8_dynamic"])
+def test_prepare_leaves_experts_and_says_why(name, model):
+    ms.quantize_(model, name)
+    weights = [model.up_proj.weight, model.down_proj.weight]
+    told = ms.prepare_(model)
+    assert list(told) == ["up_proj", "down_proj"]
+    assert all("got experts [3, " in reason and "leave them as they are" in reason for reason in told.values())
+    assert model.up_proj.weight is weights[0] and model.down_proj.weight is weights[1]
 
 
 @pytest.mark.gpu

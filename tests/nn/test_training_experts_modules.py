@@ -262,6 +262,14 @@ class TestLoop:
         model(batch(0))
         assert not any(layer.cache._made.get(key) is value for key, value in kept.items())
 
+    def test_weights_that_are_gathered_anew_are_not_kept(self, model):
+        """As `fully_shard` does, to the same memory with the same version; it marks the modules."""
+        made = ms.prepare_training_(model, without_last("nvfp4_train"))
+        for layer in made.layers.values():
+            layer._is_fsdp_managed_module = True
+        model(batch(0)).sum().backward()
+        assert not any(layer.cache._made for layer in made.layers.values())
+
     @pytest.mark.parametrize("name", ["mxfp8_train", "nvfp4_train", "qat_nvfp4"])
     def test_compiled(self, name):
         """The same bits from one graph, and the counter advances in it."""

@@ -158,13 +158,15 @@ def grouped_wgrad(dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, out_
     out, done = _result((experts, height, columns), x, dy.shape[0], out_dtype)
     if done:
         return out
-    dy, x = _in_rows(dy), _in_rows(x)
+    down = (_in_columns(dy), _in_columns(x))
+    dy, x = (t if there else _in_rows(t) for t, there in zip((dy, x), down, strict=True))
     tile = wgrad_tile(height, columns, _capability(x.device))
     tiles = experts * -(-height // tile.rows) * -(-columns // tile.columns)
-    sizes = (dy.shape[0], height, columns, experts, dy.stride(0), x.stride(0))
+    steps = (t.stride(1 if there else 0) for t, there in zip((dy, x), down, strict=True))
+    sizes = (dy.shape[0], height, columns, experts, *steps)
     launch(
         _jit().grouped_transposed, min(tiles, tile.resident * _multiprocessors(x.device)),
-        (dy, x, offsets.contiguous(), out, *sizes), wgrad_constants(tile), tile.warps,
+        (dy, x, offsets.contiguous(), out, *sizes), wgrad_constants(tile, down), tile.warps,
     )  # fmt: skip
     return out
 
@@ -226,6 +228,14 @@ def _in_rows(t: torch.Tensor) -> torch.Tensor:
     if t.stride(-1) != 1 and t.shape[-1] > 1:
         t = t.contiguous()
     return t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % 4 and t.dtype == torch.uint8 else t
+
+
+def _in_columns(t: torch.Tensor) -> bool:
+    """Whether neighbours along the first dimension lie side by side, in groups of eight that 16 bytes hold.
+
+    So are operands that were decoded from blocks along the tokens.
+    """
+    return t.stride(0) == 1 and not (t.shape[0] % 8 or t.stride(1) % 8 or t.data_ptr() % 16)
 
 
 def _result(
@@ -371,9 +381,10 @@ def values_constants(
 
 
 @functools.lru_cache(maxsize=1024)
-def wgrad_constants(tile: Tile) -> Mapping[str, Any]:
-    """Return the constexpr arguments of `grouped_transposed`."""
-    return only(_jit().grouped_transposed, _tile_constants(tile, 1, (False, False)))
+def wgrad_constants(tile: Tile, down: tuple[bool, bool] = (False, False)) -> Mapping[str, Any]:
+    """Return the constexpr arguments of `grouped_transposed`; `down`: which operands are stored column by column."""
+    known = _tile_constants(tile, 1, (False, False)) | {"A_DOWN": down[0], "B_DOWN": down[1]}
+    return only(_jit().grouped_transposed, known)
 
 
 def _tile_constants(tile: Tile, experts: int, outers: tuple[bool, bool]) -> dict[str, Any]:

@@ -143,27 +143,35 @@ def matmul_wide(
         for _u in gl.static_range(UNITS - 1):
             acc = acc + (gl.zeros([64, N], gl.float32, sums),)
         late = warpgroup_mma_init(gl.zeros([64, N], gl.float32, sums))
+        late_a = gl.zeros([64, 64], gl.bfloat16, a_layout)
         for step in range(first, last):
             async_copy.wait_group(STAGES - 2)
             b = x_shared.index(stage).permute((1, 0))
             following = gl.where(stage == STAGES - 1, 0, stage + 1)
             made = ()
+            if GROUPS == 1:  # ptxas would decode into registers that the product in flight still reads
+                before, _late_a = warpgroup_mma_wait(0, deps=(late, late_a))
             for group in gl.static_range(GROUPS):
                 a = _decode(w_shared, s_shared, stage, flat, group, HELD, WIDTH, DECODE, DECODE_NEXT, DECODE_IN)
                 if group == 0:
                     mbarrier.wait(full.index(stage), phase)
                 for half in gl.static_range(HELD // 2):
-                    # One product is in flight while the next operand is decoded, across steps too.
+                    # One product is in flight while the next operand is decoded, across steps too. Its operand's
+                    # registers must stay as they are until then: see tests/kernels/wgmma_hazards.py.
                     operand = _operand(a[8 * half : 8 * half + 8], a_layout)
                     if group + half == 0:
                         now = warpgroup_mma(operand, b, acc[0], is_async=True)
-                        before = warpgroup_mma_wait(1, deps=(late,))
+                        if GROUPS > 1:
+                            before, _late_a = warpgroup_mma_wait(1, deps=(late, late_a))
+                        now_a = operand
                     elif group * (HELD // 2) + half < UNITS - 1:
                         then = warpgroup_mma(operand, b, acc[group * (HELD // 2) + half], is_async=True)
-                        made = made + (warpgroup_mma_wait(1, deps=(now,)),)
-                        now = then
+                        done, _now_a = warpgroup_mma_wait(1, deps=(now, now_a))
+                        made = made + (done,)
+                        now, now_a = then, operand
                     else:
                         late = warpgroup_mma(operand, b, before, is_async=True)
+                        late_a = operand
                         into = gl.where(stage == 0, STAGES - 1, stage - 1)
                         mbarrier.expect(full.index(into), N * 128, pred=step + STAGES - 1 < last)
                         together()  # the step before has been multiplied: its operands can be overwritten
@@ -171,11 +179,13 @@ def matmul_wide(
                             x, words, scales, x_shared, w_shared, s_shared, full, into, step + STAGES - 1, last, x_row,
                             w_at, s_at, VECTORS, WIDTH, BLOCK, N,
                         )  # fmt: skip
-                        made = made + (warpgroup_mma_wait(1, deps=(now,)),)
+                        done, _now_a = warpgroup_mma_wait(1, deps=(now, now_a))
+                        made = made + (done,)
             acc = made
             phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
             stage = following
-        acc = acc + (warpgroup_mma_wait(0, deps=(late,)),)
+        done, _late_a = warpgroup_mma_wait(0, deps=(late, late_a))
+        acc = acc + (done,)
         async_copy.wait_group(0)
         slot = (program * 2 + gl.where(first == 0, 1, 0)).to(gl.int64) * (64 * UNITS * N)
         for u in gl.static_range(UNITS):

@@ -309,12 +309,56 @@ def grouped_values(
 
 
 @triton.jit
+def _tokens(
+    t, row, k, n, start, stop, width, BLANK: tl.constexpr, DOWN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Tokens k of columns n of t [tokens, width], as [k, n], zeros but from `start` to `stop` and within the width.
+
+    DOWN: neighbours in memory are the tokens of a column, `row` elements before those of the next; k then starts at a
+    multiple of eight, and eight are loaded together. WHOLE: `start` and `stop` are such multiples, too.
+    """
+    if DOWN:
+        live = (n < width)[:, None] & (k // 8 < (stop + 7) // 8)[None, :]
+        tile = tl.load(t + n.to(tl.int64)[:, None] * row + k[None, :], mask=live, other=0)
+        if not WHOLE:
+            tile = tl.where(((k >= start) & (k < stop))[None, :], tile, 0)
+        return tl.trans(tile)
+    else:
+        live = (k < stop)[:, None] & (n < width)[None, :]
+        if BLANK:
+            live &= (k >= start)[:, None]
+        return tl.load(t + k.to(tl.int64)[:, None] * row + n[None, :], mask=live, other=0)
+
+
+@triton.jit
+def _sum_tokens(
+    a, b, a_row, b_row, m, n, start, stop, height, columns, acc, BK: tl.constexpr, STAGES: tl.constexpr,
+    A_DOWN: tl.constexpr, B_DOWN: tl.constexpr, WHOLE: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """acc + the tokens from `start` to `stop` of columns m of a, transposed, times those of columns n of b."""
+    BLANK: tl.constexpr = (A_DOWN or B_DOWN) and not WHOLE
+    first = start
+    if A_DOWN or B_DOWN:
+        first = start // 8 * 8
+    for step in tl.range(0, (tl.maximum(stop - first, 0) + BK - 1) // BK, num_stages=STAGES):
+        k = first + step * BK + tl.arange(0, BK)
+        a_tile = _tokens(a, a_row, k, m, start, stop, height, BLANK, A_DOWN, WHOLE)
+        b_tile = _tokens(b, b_row, k, n, start, stop, columns, BLANK, B_DOWN, WHOLE)
+        acc = _multiply_add(tl.trans(a_tile), b_tile, acc, INTERPRETED)
+    return acc
+
+
+@triton.jit
 def grouped_transposed(
     a, b, offsets, out, rows, height, columns, groups, a_row, b_row,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    A_DOWN: tl.constexpr, B_DOWN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Of each group, its rows of a [rows, height], transposed, times its rows of b [rows, columns]; both bfloat16."""
+    """Of each group, its rows of a [rows, height], transposed, times its rows of b [rows, columns]; both bfloat16.
+
+    A_DOWN, B_DOWN: that operand is stored column by column, `a_row` or `b_row` elements from one to the next, which
+    like `rows` are multiples of eight. Groups that are, too, go from memory to the tensor cores without a detour.
+    """
     row_tiles, column_tiles = (height + BM - 1) // BM, (columns + BN - 1) // BN
     per_group = row_tiles * column_tiles
     for tile in tl.range(tl.program_id(0), groups * per_group, tl.num_programs(0), num_stages=1):
@@ -327,11 +371,21 @@ def grouped_transposed(
         n = within // high * BN + tl.arange(0, BN)
         start, stop = _end(offsets, group - 1, rows), _end(offsets, group, rows)
         acc = tl.zeros((BM, BN), tl.float32)
-        for step in tl.range(0, (tl.maximum(stop - start, 0) + BK - 1) // BK, num_stages=STAGES):
-            k = start + step * BK + tl.arange(0, BK)[:, None]
-            a_live, b_live = (k < stop) & (m < height)[None, :], (k < stop) & (n < columns)[None, :]
-            a_tile = tl.load(a + k.to(tl.int64) * a_row + m[None, :], mask=a_live, other=0)
-            b_tile = tl.load(b + k.to(tl.int64) * b_row + n[None, :], mask=b_live, other=0)
-            acc = _multiply_add(tl.trans(a_tile), b_tile, acc, INTERPRETED)
+        if A_DOWN or B_DOWN:
+            if ((start | stop) & 7) == 0:
+                acc = _sum_tokens(
+                    a, b, a_row, b_row, m, n, start, stop, height, columns, acc, BK, STAGES, A_DOWN, B_DOWN, True,
+                    INTERPRETED,
+                )  # fmt: skip
+            else:
+                acc = _sum_tokens(
+                    a, b, a_row, b_row, m, n, start, stop, height, columns, acc, BK, 2, A_DOWN, B_DOWN, False,
+                    INTERPRETED,
+                )  # fmt: skip
+        else:
+            acc = _sum_tokens(
+                a, b, a_row, b_row, m, n, start, stop, height, columns, acc, BK, STAGES, A_DOWN, B_DOWN, True,
+                INTERPRETED,
+            )  # fmt: skip
         place = out + (group.to(tl.int64) * height + m.to(tl.int64)[:, None]) * columns + n[None, :]
         _store(place, acc, (m < height)[:, None] & (n < columns)[None, :], INTERPRETED)
