@@ -155,10 +155,22 @@ def _fp8(element: ElementSpec) -> list[str]:
 
 
 def parts(element: ElementSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return, for each code of a table, the bits of two bfloat16 whose sum is the value to 2**-16 of it."""
-    high = [_nearest(v) for v in element.table]
+    """Return, for each code of a table, the bits of two bfloat16 whose sum is the value to 2**-16 of it.
+
+    Both have the value's sign, and neither is zero unless it is: infinity times the value is not NaN.
+    """
+    high = [_below(v) for v in element.table]
     low = [_nearest(v - _value(h)) for v, h in zip(element.table, high, strict=True)]
     return tuple(high), tuple(low)
+
+
+def _below(value: float) -> int:
+    """The bits of the last bfloat16 on the way from zero to a value, before it; those of zero for zero."""
+    import struct
+
+    (bits,) = struct.unpack("I", struct.pack("f", value))
+    exact = _value(int(bits) >> 16) == value
+    return (int(bits) >> 16) - int(exact and value != 0)
 
 
 def _value(bits: int) -> float:

@@ -10,12 +10,12 @@ Scales that leave values exact in bfloat16 multiply the values. FP32 scales do n
 each step of 64 or 128 along K, which are then added up in FP32. Errors, S being the sum of |a| |b| over K:
 
 values    None, but that values below 2**-126 keep the digits that bfloat16 has there.
-tables    A value of a codebook is the sum of two bfloat16, to 2**-17 of itself: 2**-17 S.
+tables    A value of a codebook is the sum of two bfloat16, to 2**-16 of itself: 2**-16 S.
 sums      Of K products without FP32 scales: (1 + 1/16) K 2**-23 S, as `kernels/cublas/two_pass.py` derives. With them
           (1 + 1/16) 128 2**-23 S in a step, 2**-24 S for each of the K / 64 steps that are added, 2**-24 S for a scale;
-          sums of the second parts of tables, at most 2**-8 S, add 2**-8 of the first term.
+          sums of the second parts of tables, at most 2**-7 S, add 2**-7 of the first term.
 
-With tables that is (64 + 138 + K / 128) 2**-23 S at most, which is below (1.25 K + 8) 2**-23 S from K = 160 on; with
+With tables that is (128 + 138 + K / 128) 2**-23 S at most, which is below (1.25 K + 8) 2**-23 S from K = 208 on; with
 other elements from K = 112 on. So K is at least DEEP where scales are FP32.
 """
 
