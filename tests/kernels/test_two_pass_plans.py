@@ -1,6 +1,7 @@
 """Which dense products go to cuBLAS in two passes, and how they are cut."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,8 +32,9 @@ def test_kernels_for_every_format(fmt):
     x = Operand((4096, 4096), "bfloat16")
     names = {True: "cublas.two_pass", False: "cublas.split_two_pass"}
     for layout in ("strided", "swizzle_32_4_4"):
-        accepted = [chosen(x, weight(fmt, layout=layout))]
-        assert [e.chosen for e in accepted] == [names[fmt in EXACT]]
+        on_ampere, on_hopper = (chosen(x, weight(fmt, layout=layout), c).chosen for c in ((8, 0), (9, 0)))
+        assert on_ampere == names[fmt in EXACT]
+        assert on_hopper == (on_ampere if fmt in EXACT or fmt == "fp8_row" else "triton.wgmma")
     half = chosen(Operand((4096, 4096), "float16"), weight(fmt)).chosen
     assert half == names[exact.fits_float16(ms.find_format(fmt))]
     assert chosen(Operand((4096, 4096), "float32"), weight(fmt)).chosen == names[False]
@@ -85,3 +87,13 @@ def test_plans_of_large_layers():
     assert two_pass.plan_of((1, 8192, 8192), (0, 2 * 28672), (1, 128), 0, 128 << 20) == (1, 8192, 2048, False)
     both = two_pass.plan_of((1, 8192, 28672), (2 * 8192, 2 * 8192), (1, 1), 0, 128 << 20)
     assert both.rows * 2 * 8192 <= 64 << 20 and both.columns * 2 * 8192 <= 64 << 20 and both.rows_outside
+
+
+def test_the_workspace_follows_the_device(monkeypatch):
+    """A 64th of its memory, between the bounds; on an H200 4096 rows of 28672 stay while b passes once."""
+    cpu = torch.device("cpu")
+    for memory, space in ((4 << 30, 128 << 20), (16 << 30, 256 << 20), (141 << 30, 512 << 20)):
+        monkeypatch.setattr(two_pass, "_memory", lambda device, memory=memory: memory)
+        assert two_pass.workspace(cpu) == space
+    plan = two_pass.plan_of((1, 4096, 8192), (2 * 28672, 2 * 28672), (1, 1), 0, two_pass.workspace(cpu))
+    assert plan.rows == 4096 and plan.columns == 4096

@@ -13,9 +13,9 @@ blocks at the very end of E8M0's range have, keep no digits below 2**-133. `spli
 exact sums of 2 or 3 matrices of bfloat16 (`exact.py`), and multiplies each by each, smallest first, but the last by the
 last, which is below 2**-30 S. The pieces of a number add up in magnitude too, so S, and with it the bound, is the same.
 
-Memory beside the result: WORKSPACE for decoded operands, and as much again for FP32 sums where the result is not
-written by the GEMM itself: with outer scales of rows, columns or experts, split operands, or a bias if the result is
-no FP32.
+Memory beside the result: a workspace for decoded operands (a 64th of the device's memory, but 128 to 512 MiB: see
+`workspace`), and as much again for FP32 sums where the result is not written by the GEMM itself: with outer scales of
+rows, columns or experts, split operands, or a bias if the result is no FP32.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from microscale.kernels.reference.matmul import Operand
 from microscale.kernels.triton import dequantize, epilogue
 from microscale.numerics import layout
 
-WORKSPACE = 128 << 20  # bytes
+WORKSPACE, LEAST_WORKSPACE, SHARE = 512 << 20, 128 << 20, 64  # bytes; and which part of the device's memory, between
 LAST_PRODUCT = 4  # of pieces i and j, i + j is below it
 
 BOUND = "(1.25 K + 8) 2**-23 sum |a| |b|: FP32 sums of exact products on tensor cores; one rounding"
@@ -133,7 +133,9 @@ class _Product:
         sums = 0 if self.direct or self.out.dtype == torch.float32 else 4
         batch, rows, columns = self.out.shape
         row_bytes = tuple(side.bytes_per_row(n) for side, n in zip(sides, self.pieces, strict=True))
-        plan = plan_of((batch, rows, columns), row_bytes, tuple(side.step for side in sides), sums, WORKSPACE)
+        plan = plan_of(
+            (batch, rows, columns), row_bytes, tuple(side.step for side in sides), sums, workspace(self.out.device)
+        )
         across, down = list(cuts(columns, plan.columns)), list(cuts(rows, plan.rows))
         pairs = [(m, n) for m in down for n in across] if plan.rows_outside else [(m, n) for n in across for m in down]
         for first, last in cuts(batch, plan.matrices):
@@ -234,6 +236,16 @@ def combined(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 # -- chunks ------------------------------------------------------------------------------------------------------------
+
+
+def workspace(device: torch.device) -> int:
+    """Return the bytes of the workspace on a device: small enough to spare, large enough for few, large products."""
+    return min(WORKSPACE, max(LEAST_WORKSPACE, _memory(device) // SHARE))
+
+
+@functools.cache
+def _memory(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else WORKSPACE * SHARE
 
 
 class Plan(NamedTuple):
