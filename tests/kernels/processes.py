@@ -4,7 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 COVERAGE = json.loads(Path(__file__).with_name("coverage.json").read_text())  # the docs show it; the suite runs it
 
@@ -16,6 +20,11 @@ def lines(module: str, *args: str, timeout: int = 900, **environment: str) -> li
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def fast(values: Iterable[Any], *chosen: int) -> list[Any]:
+    """Parameters of a test, of which all but the `chosen` ones, by place, are slow: a sample for every change."""
+    return [v if i in chosen else pytest.param(v, marks=pytest.mark.slow) for i, v in enumerate(values)]
 
 
 def architectures(kernel: str) -> list[int]:

@@ -7,13 +7,13 @@ pytest.importorskip("triton")
 import microscale as ms
 from microscale.kernels.triton import dequantize, jit_dequantize
 from microscale.numerics import layout
-from tests.kernels.processes import architectures, lines
+from tests.kernels.processes import architectures, fast, lines
 
 FORMATS = ms.list_formats()
 RUNS, ROWS = jit_dequantize.dequantize_runs, jit_dequantize.dequantize_rows
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", fast(range(3), 0))
 def test_every_format_equals_the_reference(part, device):
     """Every code with every scale, layouts, row lengths, outer scales, dtypes; nothing else is written."""
     formats = FORMATS[part::3]
@@ -24,6 +24,7 @@ def test_every_format_equals_the_reference(part, device):
     assert set(rows[-1]["kernels"]) == set(formats)
 
 
+@pytest.mark.slow
 def test_formats_that_no_shipped_one_is_like_equal_the_reference(device):
     """Odd widths and blocks, unusual biases, NaN policies, scales and codebooks, by whichever kernel takes them."""
     rows = lines("tests.kernels.dequantize_cases", device.type, "user")

@@ -9,13 +9,15 @@ pytest.importorskip("triton")
 import microscale as ms
 from microscale import dispatch
 from microscale.ops.producers import problem
-from tests.kernels.processes import architectures, lines
+from tests.kernels.processes import architectures, fast, lines
 
 FORMATS = ms.list_formats()
 FUSED = {"silu_mul_quantize", "rms_norm_quantize"}
 
 
-@pytest.mark.parametrize("cases", [FORMATS[::3], FORMATS[1::3], FORMATS[2::3], ["user"], ["shapes"], ["values"]])
+@pytest.mark.parametrize(
+    "cases", fast([FORMATS[::3], FORMATS[1::3], FORMATS[2::3], ["user"], ["shapes"], ["values"]], 0, 4, 5)
+)
 def test_producers_equal_the_reference(cases, device):
     """Formats x rounding x layout x outer scale x weight; shapes, strides, dtypes; SiLU of every bf16."""
     rows = lines("tests.kernels.producers_cases", device.type, *cases)

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import microscale as ms
 from microscale import dispatch
 from microscale.kernels.triton import blocks_fit, ptx
-from tests.kernels.processes import COVERAGE, architectures, lines
+from tests.kernels.processes import COVERAGE, architectures, fast, lines
 
 FORMATS = ms.list_formats()
 BUDGET = json.loads(Path(__file__).with_name("budget_sm90.json").read_text())
@@ -33,7 +33,7 @@ LATER = (
 )
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", fast(range(8), 3, 6))  # mxfp4 and nvfp4, mxfp8
 def test_kernels_equal_the_reference(part, device):
     """Every format, axis, layout and mode that the kernels take; inputs amid NaN, outputs between guards."""
     names = [*FORMATS, "user"][part::8]
