@@ -123,7 +123,7 @@ class _Clock:
 
 
 def _quantize_rows(x: torch.Tensor, source: QuantizerLike, clock: _Clock) -> Iterator[Row]:
-    spec = find_quantizer(source)
+    spec = find_quantizer(source).for_row(x.shape[-1])
     chosen = explain("quantize", x, spec)
     q = quantize(x, spec)
     with dispatch.use_backend("reference"):
@@ -138,7 +138,7 @@ def _quantize_rows(x: torch.Tensor, source: QuantizerLike, clock: _Clock) -> Ite
     parts = {"spec look-up": lambda: cached_quantizer(source, {}), "wrapper": wrap}
     op = _Op("quantize", lambda: quantize(x, source), entry.run, library.quantize, args, parts)
     check = functools.partial(assert_same_quantized, q, expected)
-    yield from _rows(op, made, spec.name, tuple(x.shape), chosen, check, clock)
+    yield from _rows(op, made, _short(spec.name), tuple(x.shape), chosen, check, clock)
 
 
 def _dequantize_rows(q: BlockScaledTensor, clock: _Clock) -> Iterator[Row]:
@@ -151,7 +151,12 @@ def _dequantize_rows(q: BlockScaledTensor, clock: _Clock) -> Iterator[Row]:
     entry = dispatch.select(library.dequantize_problem(q.qdata, fmt, q.shape[-1], q.scale_layout, q.dtype))
     op = _Op("dequantize", lambda: dequantize(q), entry.run, library.dequantize, args, {})
     check = functools.partial(assert_same_bits, values, expected)
-    yield from _rows(op, values, fmt.name, tuple(q.shape), chosen, check, clock)
+    yield from _rows(op, values, _short(fmt.name), tuple(q.shape), chosen, check, clock)
+
+
+def _short(name: str) -> str:
+    """A format's name as it was asked for, without how long a row was."""
+    return name.partition("[")[0]
 
 
 def _weight(shape: Shape, device: torch.device) -> torch.Tensor:

@@ -307,13 +307,13 @@ def test_calls_around_a_kernel(fmt):
 
 
 def test_overhead_suite():
-    report = bench_overhead("cpu", ["mxfp8", "nvfp4"], samples=3)
+    report = bench_overhead("cpu", ["mxfp8", "nvfp4", "fp8_row"], samples=3)
     parts = {(r.op, r.format): [] for r in report.rows}
     for row in report.rows:
         parts[row.op, row.format].append(row.mode)
         assert row.checked and row.us_spread >= 0 and (row.us > 0 or row.mode == "checks")
     assert parts["torch", ""] == ["zero_ of one element"]
-    for fmt in ("mxfp8", "nvfp4"):
+    for fmt in ("mxfp8", "nvfp4", "fp8_row"):
         around = ["around the kernel", "selection", "spec look-up", "wrapper", "checks"]
         assert parts["quantize", fmt] == around
         assert parts["dequantize", fmt] == ["around the kernel", "selection", "checks"]
