@@ -22,14 +22,15 @@ import math
 
 import torch
 
-from microscale import ops
+from microscale import dispatch, ops
 from microscale.errors import InputError
 from microscale.nn.three_gemm import GemmCall, GemmState, _quantize, _quantize_both, _ThreeGemm, _whole_groups
 from microscale.nn.token_groups import PaddedGroups, pad_groups, take_rows
+from microscale.numerics import layout
 from microscale.numerics.hadamard import hadamard
 from microscale.ops import graph, library
 from microscale.spec.format import ROW
-from microscale.spec.quantizer import HadamardSpec, QuantizerSpec
+from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.training import LayerGemms
 from microscale.tensor import BlockScaledTensor
 
@@ -336,17 +337,19 @@ def _like(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _transformed(t: torch.Tensor, spec: QuantizerSpec) -> torch.Tensor:
-    """What an outer scale is taken over: t [..., K] after its Hadamard transform."""
-    return t if spec.hadamard is None else _rotated(t, spec.hadamard)
+    """What an outer scale is taken over: t [..., K] after its Hadamard transform.
 
+    Where the dispatcher would quantize t by a Triton kernel, by that one's transform: the same bits from one read.
+    """
+    if spec.hadamard is None:
+        return t
+    if library.is_direct(t):
+        problem = library.quantize_problem(t, spec.for_row(t.shape[-1]), True, layout.STRIDED)
+        if dispatch.select(problem).backend == "triton":
+            from microscale.kernels.triton.hadamard import hadamard as kernel
 
-def _rotated(t: torch.Tensor, spec: HadamardSpec, *, inverse: bool = False) -> torch.Tensor:
-    """`hadamard`, by the kernel where there is one: the same bits in one read and one write."""
-    if t.is_cuda and library.is_direct(t) and not inverse:
-        from microscale.kernels.triton.hadamard import hadamard as kernel
-
-        return kernel(t, spec)
-    return hadamard(t, spec.size, spec.sign, inverse=inverse)
+            return kernel(t, spec.hadamard)
+    return hadamard(t, spec.hadamard.size, spec.hadamard.sign)
 
 
 __all__ = ["alignment_of", "quantize_experts", "three_grouped_gemm"]

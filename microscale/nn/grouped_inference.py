@@ -6,8 +6,9 @@ import dataclasses
 
 import torch
 
-from microscale.nn.grouped_gemm import GroupedCall, _check, _groups_of, _rotated
+from microscale.nn.grouped_gemm import GroupedCall, _check, _groups_of
 from microscale.nn.three_gemm import GemmState, _ThreeGemm
+from microscale.numerics.hadamard import hadamard
 from microscale.ops import graph
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.training import LayerGemms
@@ -58,7 +59,9 @@ class _InferenceCall(GroupedCall):
     def dgrad(self, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return dy w of each group, in the basis of x: weights that are transformed expect transformed tokens."""
         dx, spec = super().dgrad(dy, weight), self.gemms.fprop_input
-        return dx if spec is None or spec.hadamard is None else _rotated(dx, spec.hadamard, inverse=True)
+        if spec is None or spec.hadamard is None:
+            return dx
+        return hadamard(dx, spec.hadamard.size, spec.hadamard.sign, inverse=True)
 
     def _row_amax(self, t: torch.Tensor, spec: QuantizerSpec | None) -> torch.Tensor | None:
         if spec is not None and spec.outer_scale_mode == "static":

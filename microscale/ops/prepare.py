@@ -19,7 +19,7 @@ from microscale.tensor import BlockScaledTensor
 
 
 def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -> BlockScaledTensor:
-    """Return a weight [N, K] in layout `fragments`, for activations of up to 64 rows on a GPU; or see the end.
+    """Return a weight [N, K] in layout `fragments`, for up to 64 rows of activations, 512 on Hopper; or see the end.
 
     The same bytes in another order, so nothing is lost and nothing takes more memory: `dequantize()`, slicing, saving
     and every matmul give what they gave (whatever is not a matmul or a transpose first restores the plain order).

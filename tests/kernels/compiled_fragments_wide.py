@@ -7,10 +7,7 @@ what the code contains.
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -18,9 +15,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 import microscale as ms
 from microscale.kernels.triton import fragments_wide, jit_fragments_wide
-from tests.kernels.wgmma_hazards import hazards
+from tests.kernels.wgmma_hazards import hazards, machine_code
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"words": "*i32", "scales": "*i32", "outer": "*fp32", "bias": "*bf16", "out": "*bf16", "parts": "*fp32"}
 FORMATS = ("mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8")
 ROWS = (32, 64, 128)
@@ -36,13 +32,7 @@ def compiled(name, rows, out, bias):
     plain = [i for i, n in enumerate(kernel.arg_names) if n in POINTERS or n == "columns"]
     source = GluonASTSource(kernel, signature, dict(known), {(i,): [["tt.divisibility", 16]] for i in plain})
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": False})
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
-        cubin.write_bytes(made.asm["cubin"])
-        ptx.write_text(made.asm["ptx"])
-        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True).stdout
-        command = [TOOLS / "ptxas", "-v", "-arch=sm_90a", ptx, "-o", Path(folder, "again.cubin")]
-        said = subprocess.run(command, capture_output=True, text=True).stderr
+    sass, said = machine_code(made)
     found = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", sass)
     names = [n.split(".")[0] for n in found]
     return {

@@ -6,10 +6,7 @@ the tensor cores' instructions one after the other (it says so), and the instruc
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import triton
@@ -19,9 +16,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 import microscale as ms
 from microscale.kernels.triton import jit_wgmma, wgmma
 from tests.kernels.compiled_grouped import instructions, loop
-from tests.kernels.wgmma_hazards import hazards
+from tests.kernels.wgmma_hazards import hazards, machine_code
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"a_outer": "*fp32", "b_outer": "*fp32", "bias": "*bf16", "offsets": "*i32"}
 FORMATS = ("mxfp4", "nvfp4", "mxfp8", "mxfp8_e5m2", "mxint8", "nvint4", "fp8_block128", "nf4")
 
@@ -44,13 +40,7 @@ def compiled(name, tile, out="bf16", by_group=True, splits=1, bias=False, swizzl
     source = GluonASTSource(kernel, signature, dict(known), {(i,): [["tt.divisibility", 16]] for i in plain})
     options = {"num_warps": wgmma.WARPS, "enable_fp_fusion": False}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
-        cubin.write_bytes(made.asm["cubin"])
-        ptx.write_text(made.asm["ptx"])
-        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True).stdout
-        command = [TOOLS / "ptxas", "-v", "-arch=sm_90a", ptx, "-o", Path(folder, "again.cubin")]
-        said = subprocess.run(command, capture_output=True, text=True).stderr
+    sass, said = machine_code(made)
     names = [n for _, n, _ in instructions(sass)]
     registers = re.search(r"Used (\d+) registers", said)
     return {

@@ -62,3 +62,15 @@ def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 def outputs(constraints: str) -> int:
     """How many output registers assembly has."""
     return len(re.findall("=", constraints))
+
+
+def permute(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndarray:
+    """PRMT with a selector for each element, and sign replication."""
+    a, b, selectors = np.broadcast_arrays(a, b, selectors)
+    octets = np.stack([x >> 8 * i & 0xFF for x in (a, b) for i in range(4)])
+    out = np.zeros_like(selectors)
+    for i in range(4):
+        pick = selectors >> 4 * i & 0xF
+        octet = np.take_along_axis(octets, (pick & 7)[None].astype(np.int64), 0)[0]
+        out |= np.where(pick & 8, (octet >> 7) * 0xFF, octet).astype(np.uint32) << 8 * i
+    return out.astype(np.uint32)

@@ -127,25 +127,13 @@ def test_the_threshold_looks_at_the_shape_class_only():
 # -- looking codes up --------------------------------------------------------------------------------------------------
 
 
-def _permute(a, b, selectors):
-    """PRMT with a selector for each element, and sign replication."""
-    a, b, selectors = np.broadcast_arrays(a, b, selectors)
-    octets = np.stack([x >> 8 * i & 0xFF for x in (a, b) for i in range(4)])
-    out = np.zeros_like(selectors)
-    for i in range(4):
-        pick = selectors >> 4 * i & 0xF
-        octet = np.take_along_axis(octets, (pick & 7)[None].astype(np.int64), 0)[0]
-        out |= np.where(pick & 8, (octet >> 7) * 0xFF, octet).astype(np.uint32) << 8 * i
-    return out
-
-
 @pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "fp4_ue5m3"])
 def test_codes_are_looked_up(fmt, monkeypatch):
     """Every code with every scale, NaN too, in each place of a word."""
     element, scale = ms.find_format(fmt).element, ms.find_format(fmt).scale
     assert ptx_tables.has_table(element)
     apply = ptx_emulator._apply
-    emulated = lambda name, v: _permute(*v) if name.startswith("prmt") else apply(name, v)  # noqa: E731
+    emulated = lambda name, v: ptx_emulator.permute(*v) if name.startswith("prmt") else apply(name, v)  # noqa: E731
     monkeypatch.setattr(ptx_emulator, "_apply", emulated)
     scales = codec.decode(torch.arange(2**scale.width, dtype=torch.uint8), scale)
     codes = torch.randint(16, (64, 8), dtype=torch.uint8)

@@ -51,7 +51,7 @@ def run(assembly: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         elif operation == "or.b32":
             registers[names[0]] = value[-2] | value[-1]
         elif operation == "prmt.b32":
-            registers[names[0]] = _permute(*value[-3:])
+            registers[names[0]] = ptx_emulator.permute(*value[-3:])
         elif operation.startswith("cvt.rn.f16x2"):
             kind = "float8_e4m3fn" if "e4m3" in operation else "float8_e5m2"
             halves = [_f16_of_fp8((value[-1] >> s) & 0xFF, kind) for s in (0, 8)]
@@ -69,18 +69,6 @@ def run(assembly: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _f16_of_fp8(codes: np.ndarray, kind: str) -> np.ndarray:
     values = torch.from_numpy(codes.astype(np.uint8)).view(getattr(torch, kind))
     return values.half().view(torch.int16).numpy().astype(np.uint16).astype(np.uint32)
-
-
-def _permute(a, b, selectors):
-    """PRMT with a selector for each element, and sign replication."""
-    a, b, selectors = np.broadcast_arrays(a, b, selectors)
-    octets = np.stack([x >> 8 * i & 0xFF for x in (a, b) for i in range(4)])
-    out = np.zeros_like(selectors)
-    for i in range(4):
-        pick = selectors >> 4 * i & 0xF
-        octet = np.take_along_axis(octets, (pick & 7)[None].astype(np.int64), 0)[0]
-        out |= np.where(pick & 8, (octet >> 7) * 0xFF, octet).astype(np.uint32) << 8 * i
-    return out.astype(np.uint32)
 
 
 def bfloat16(bits: np.ndarray) -> np.ndarray:

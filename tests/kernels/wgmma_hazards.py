@@ -6,7 +6,14 @@ a loop, with products in flight there. So the suite reads the machine code.
 """
 
 import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
 
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
 STORES = (
     "ST",
@@ -73,3 +80,14 @@ def _written(name, rest):
     size = next((n for bits, n in WIDTHS.items() if f".{bits}" in name or (name.endswith("WIDE") and n == 2)), 1)
     size = 4 if name.startswith("LDSM") and ".4" in name else size
     return range(int(target[1]), int(target[1]) + size)
+
+
+def machine_code(made: Any) -> tuple[str, str]:
+    """The machine code of what Triton compiled for sm_90, and what ptxas says of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
+        cubin.write_bytes(made.asm["cubin"])
+        ptx.write_text(made.asm["ptx"])
+        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True).stdout
+        command = [TOOLS / "ptxas", "-v", "-arch=sm_90a", ptx, "-o", Path(folder, "again.cubin")]
+        return sass, subprocess.run(command, capture_output=True, text=True).stderr

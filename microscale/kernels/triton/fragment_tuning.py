@@ -63,11 +63,6 @@ def _find(
     return by_rule(fmt, eights, columns, depth, sms, capability) if measured is None else Tuning(*measured)
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Return how many SMs a device has."""
-    return _facts(device)[1]
-
-
 @functools.cache
 def _facts(device: torch.device) -> tuple[str, int, tuple[int, int]]:
     if device.type != "cuda":

@@ -14,22 +14,14 @@ from __future__ import annotations
 
 import torch
 
-from microscale.dispatch import Operand, Requires, kernel
+from microscale.dispatch import Requires, kernel
 from microscale.kernels.reference.matmul import Operand as KernelOperand
 from microscale.kernels.reference.matmul import Parts
 from microscale.kernels.triton import epilogue, fragments
-from microscale.numerics import layout
+from microscale.kernels.triton.fragments import rows_of
 
 PIECES = 2
 MOST_ROWS = fragments.MOST_ROWS // PIECES
-
-
-def _rows(operand: Operand) -> int:
-    """Rows of x, each size rounded up to a power of two, as selections are cached."""
-    count = 1
-    for n in operand.shape[:-1]:
-        count *= 1 << (n - 1).bit_length() if n else 0
-    return count
 
 
 REQUIRES = Requires(
@@ -38,14 +30,11 @@ REQUIRES = Requires(
     packages=("triton",),
     dtypes=("float16",),
     checks=(
-        ("needs a plain left operand", lambda p: p.operands[0].format is None),
+        *fragments.CHECKS,
         (
-            "needs a weight that microscale.prepare made",
-            lambda p: (p.operands[1].layout, p.operands[1].axis, len(p.operands[1].shape)) == (layout.FRAGMENTS, -2, 2),
+            f"is for at most {MOST_ROWS} rows of activations",
+            lambda p: 0 < rows_of(p.operands[0]) <= MOST_ROWS,
         ),
-        (f"is for at most {MOST_ROWS} rows of activations", lambda p: 0 < _rows(p.operands[0]) <= MOST_ROWS),
-        ("needs outer scales that are constant along K", lambda p: p.operands[1].outer in (None, "scalar", "vector")),
-        ("adds a bias of one number per column", lambda p: p.bias is None or len(p.bias.shape) == 1),
     ),
 )
 

@@ -21,8 +21,7 @@ import torch
 from microscale.dispatch import Problem, Requires, kernel
 from microscale.kernels.reference.matmul import Operand as KernelOperand
 from microscale.kernels.reference.matmul import Parts
-from microscale.kernels.triton import fragments, ptx_decode
-from microscale.kernels.triton.fragment_tuning import multiprocessors
+from microscale.kernels.triton import fragments, properties, ptx_decode
 from microscale.kernels.triton.launch import launch
 from microscale.numerics.fragments import DEPTH
 from microscale.spec.format import FormatSpec
@@ -107,7 +106,7 @@ def matmul(a: KernelOperand, b: KernelOperand, bias: torch.Tensor | None, out_dt
     """Return a [..., M, K] @ b [K, N] + bias; arguments and result as `reference.matmul`."""
     assert isinstance(a, torch.Tensor) and isinstance(b, Parts)
     x, columns = a.reshape(-1, a.shape[-1]).contiguous(), b.qdata.shape[-1]
-    cut = cut_of(x.shape[0], columns, multiprocessors(x.device))
+    cut = cut_of(x.shape[0], columns, properties.multiprocessors(x.device))
     return run(x, b, bias, out_dtype, cut).reshape(*a.shape[:-1], columns)
 
 

@@ -100,7 +100,7 @@ def grouped_matmul(a: torch.Tensor | Parts, b: Parts, offsets: torch.Tensor, out
     Arguments as `reference.grouped_matmul`.
     """
     experts, columns, size = b.qdata.shape[0], b.qdata.shape[2], b.size
-    a_TK, a_outer = _values(a)
+    a_TK, a_outer = values_of(a)
     out, done = _result((a_TK.shape[0], columns), a_TK, size * experts, out_dtype)
     if done:
         return out
@@ -109,7 +109,7 @@ def grouped_matmul(a: torch.Tensor | Parts, b: Parts, offsets: torch.Tensor, out
     blocks = -(-size // b.format.block)
     # of swizzled scales, what 128 rows take
     scale_row = 128 * (-(-blocks // layout.TILE_COLUMNS) * layout.TILE_COLUMNS) if swizzle else scale.stride(1)
-    outers = _Outers.of(a_outer, _spread(b, (experts, 1, columns)))
+    outers = Outers.of(a_outer, spread(b, (experts, 1, columns)))
     tile = codes_tile(a_TK.shape[0], experts, size, _capability(out.device))
     sizes = (*out.shape, size, experts, blocks, a_TK.stride(0), *codes.stride()[:2], scale.stride(0), scale_row)
     launch(
@@ -132,18 +132,18 @@ def grouped_two_pass(
     Arguments as `reference.grouped_matmul`. Several matrices are decoded at a time, into WORKSPACE bytes.
     """
     (experts, size, columns) = b.shape if isinstance(b, torch.Tensor) else _logical(b)
-    a_TK, a_outer = _values(a)
+    a_TK, a_outer = values_of(a)
     out, done = _result((a_TK.shape[0], columns), a_TK, size * experts, out_dtype)
     if done:
         return out
     offsets = offsets.contiguous()
     if isinstance(b, torch.Tensor):
-        _multiply(a_TK, b, _Outers.of(a_outer, None), offsets, out, 0)
+        _multiply(a_TK, b, Outers.of(a_outer, None), offsets, out, 0)
         return out
-    b_outer, step = _spread(b, (experts, 1, columns)), max(1, WORKSPACE // (2 * size * columns))
+    b_outer, step = spread(b, (experts, 1, columns)), max(1, WORKSPACE // (2 * size * columns))
     for first in range(0, experts, step):
         part = slice(first, min(experts, first + step))
-        outers = _Outers.of(a_outer, None if b_outer is None else b_outer[part])
+        outers = Outers.of(a_outer, None if b_outer is None else b_outer[part])
         _multiply(a_TK, _decoded(b, part), outers, offsets, out, first)
     return out
 
@@ -165,7 +165,7 @@ def grouped_wgrad(dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, out_
     steps = (t.stride(1 if there else 0) for t, there in zip((dy, x), down, strict=True))
     sizes = (dy.shape[0], height, columns, experts, *steps)
     launch(
-        _jit().grouped_transposed, min(tiles, tile.resident * _multiprocessors(x.device)),
+        _jit().grouped_transposed, min(tiles, tile.resident * properties.multiprocessors(x.device)),
         (dy, x, offsets.contiguous(), out, *sizes), wgrad_constants(tile, down), tile.warps,
     )  # fmt: skip
     return out
@@ -174,7 +174,7 @@ def grouped_wgrad(dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, out_
 # -- operands ----------------------------------------------------------------------------------------------------------
 
 
-class _Outers(NamedTuple):
+class Outers(NamedTuple):
     """What multiplies the sums: factors for rows of a and for experts and columns of b, FP32, or placeholders."""
 
     a: torch.Tensor | None
@@ -183,17 +183,18 @@ class _Outers(NamedTuple):
     which: tuple[bool, bool]
 
     @classmethod
-    def of(cls, a: torch.Tensor | None, b: torch.Tensor | None) -> _Outers:
+    def of(cls, a: torch.Tensor | None, b: torch.Tensor | None) -> Outers:
+        """Make them of FP32 a [T, 1] and b [E, 1, N], None where there are none."""
         strides = (0 if a is None else a.stride(0), *((0, 0) if b is None else (b.stride(0), b.stride(2))))
         return cls(a, b, strides, (a is not None, b is not None))
 
 
-def _values(a: torch.Tensor | Parts) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The bfloat16 values of a [T, K] in rows, and the outer scales of its rows."""
+def values_of(a: torch.Tensor | Parts) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the bfloat16 values of a [T, K] in rows, and the outer scales of its rows."""
     if isinstance(a, torch.Tensor):
         return _in_rows(a), None
     values = _decoded(a, slice(None))
-    return _in_rows(values), _spread(a, (values.shape[0], 1))
+    return _in_rows(values), spread(a, (values.shape[0], 1))
 
 
 def _decoded(parts: Parts, part: slice) -> torch.Tensor:
@@ -213,8 +214,8 @@ def _logical(b: Parts) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def _spread(parts: Parts, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """The outer scale as a view of `shape`, which is 1 along K."""
+def spread(parts: Parts, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """Return the outer scale as a view of `shape`, which is 1 along K."""
     outer = parts.outer_scale
     if outer is None:
         return None
@@ -252,7 +253,7 @@ def _result(
 
 
 def _multiply(
-    a: torch.Tensor, b: torch.Tensor, outers: _Outers, offsets: torch.Tensor, out: torch.Tensor, first: int
+    a: torch.Tensor, b: torch.Tensor, outers: Outers, offsets: torch.Tensor, out: torch.Tensor, first: int
 ) -> None:
     """Fill the rows of `out` that belong to the experts from `first` on, b holding their matrices [count, K, N]."""
     (count, size, columns), experts = b.shape, offsets.shape[0]
@@ -298,14 +299,7 @@ def _grid(tile: Tile, out: torch.Tensor, groups: int) -> int:
     """Programs: as many as tiles at the most, or as the device holds. A group that is not empty has a token."""
     rows, columns = out.shape
     tiles = (rows + min(rows, groups) * (tile.rows - 1)) // tile.rows * -(-columns // tile.columns)
-    return max(1, min(tiles, tile.resident * _multiprocessors(out.device)))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 3  # the interpreter: few, so that programs take several tiles
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return max(1, min(tiles, tile.resident * properties.multiprocessors(out.device)))
 
 
 @functools.cache

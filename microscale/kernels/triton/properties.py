@@ -7,6 +7,8 @@ import math
 import struct
 from typing import Any
 
+import torch
+
 from microscale.spec.element import ElementSpec
 from microscale.spec.format import FormatSpec
 
@@ -96,3 +98,9 @@ def interpreted() -> bool:
 def power_of_two_at_least(n: int) -> int:
     """Return the smallest power of two >= n."""
     return 1 << (n - 1).bit_length()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many SMs a device has; for the interpreter few, so that programs take several tiles."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 3

@@ -30,7 +30,8 @@ import torch
 from microscale.dispatch import Operand, Problem, Requires, kernel
 from microscale.kernels.cublas.exact import BFLOAT16_BITS, significant_bits
 from microscale.kernels.reference.matmul import Parts
-from microscale.kernels.triton import grouped, properties, ptx_pairs
+from microscale.kernels.triton import properties, ptx_pairs
+from microscale.kernels.triton.grouped import BOUND, Outers, spread, values_of
 from microscale.kernels.triton.launch import launch
 from microscale.numerics import layout
 from microscale.spec.format import FormatSpec
@@ -40,7 +41,6 @@ MOST_ROWS = 1024  # of x up to which a dense product is not decoded beforehand, 
 COLUMNS, WARPS = 128, 8  # of a tile; of a program
 SHARED = 200 << 10  # bytes of shared memory for stages, of 227 KiB; the rest is for results on their way out
 BAND = 8  # tiles of rows that go through the columns together
-BOUND = grouped.BOUND
 
 
 class Tile(NamedTuple):
@@ -111,11 +111,11 @@ def _requires(dims: int, *checks: tuple[str, Callable[[Problem], bool]]) -> Requ
 )  # fmt: skip
 def grouped_matmul(a: torch.Tensor | Parts, b: Parts, offsets: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Return rows of a [T, K] times their expert's matrix of b [E, K, N]; arguments as `reference.grouped_matmul`."""
-    x, a_outer = grouped._values(a)
+    x, a_outer = values_of(a)
     experts, _, columns = b.qdata.shape
     out = torch.empty(x.shape[0], columns, dtype=out_dtype, device=x.device)
     if out.numel():
-        outers = grouped._Outers.of(a_outer, grouped._spread(b, (experts, 1, columns)))
+        outers = Outers.of(a_outer, spread(b, (experts, 1, columns)))
         tile = tile_of(b.format, -(-x.shape[0] // experts), b.size, out_dtype)
         run(x, b, outers, None, offsets.contiguous(), out, tile)
     return out
@@ -137,26 +137,26 @@ def matmul(a: torch.Tensor, b: Parts, bias: torch.Tensor | None, out_dtype: torc
     if not x.shape[0]:
         return torch.empty(*a.shape[:-1], columns, dtype=out_dtype, device=a.device)
     whole = Parts(b.qdata[None], b.scale[None], b.outer_scale, b.format, b.axis, b.size, b.layout)
-    outers = grouped._Outers.of(None, grouped._spread(b, (1, 1, columns)))
+    outers = Outers.of(None, spread(b, (1, 1, columns)))
     tile = tile_of(b.format, x.shape[0], b.size, out_dtype)
     made = dense(x, whole, outers, None if bias is None else bias.expand(columns).contiguous(), out_dtype, tile)
     return made.reshape(*a.shape[:-1], columns)
 
 
 def dense(
-    x: torch.Tensor, b: Parts, outers: grouped._Outers, bias: torch.Tensor | None, out_dtype: torch.dtype, tile: Tile
+    x: torch.Tensor, b: Parts, outers: Outers, bias: torch.Tensor | None, out_dtype: torch.dtype, tile: Tile
 ) -> torch.Tensor:
     """Return x [M, K] @ b [1, K, N] + bias, K in parts where there are few tiles, which are added in one order."""
     rows, columns = x.shape[0], b.qdata.shape[-1]
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
-    splits = splits_of(tile, rows, columns, b.size, grouped._multiprocessors(x.device))
+    splits = splits_of(tile, rows, columns, b.size, properties.multiprocessors(x.device))
     if splits == 1:
         run(x, b, outers, bias, None, out, tile)
         return out
     from microscale.kernels.triton import jit_splits
 
     parts = torch.empty(splits, rows, columns, dtype=torch.float32, device=x.device)
-    run(x, b, grouped._Outers.of(None, None), None, None, parts, tile)
+    run(x, b, Outers.of(None, None), None, None, parts, tile)
     outer = outers.b if outers.b is None else outers.b.reshape(-1).contiguous()
     known = _sum_constants(splits, outer is not None, bias is not None)
     total = rows * columns
@@ -174,7 +174,7 @@ def _sum_constants(splits: int, outer: bool, bias: bool) -> Mapping[str, Any]:
 
 
 def run(
-    x: torch.Tensor, b: Parts, outers: grouped._Outers, bias: torch.Tensor | None, offsets: torch.Tensor | None,
+    x: torch.Tensor, b: Parts, outers: Outers, bias: torch.Tensor | None, offsets: torch.Tensor | None,
     out: torch.Tensor, tile: Tile,
 ) -> None:  # fmt: skip
     """Fill out [T, N] (or [splits, T, N]) with x [T, K] times b [E, K, N], by groups of rows unless offsets is None."""
@@ -190,7 +190,7 @@ def run(
         b.format, tile, lanes_of(groups), splits, offsets is not None, (*outers.which, bias is not None), swizzle
     )
     tiles = (rows + min(rows, groups) * (tile.rows - 1)) // tile.rows if offsets is not None else -(-rows // tile.rows)
-    grid = min(tiles * -(-columns // COLUMNS) * splits, tile.resident * grouped._multiprocessors(x.device))
+    grid = min(tiles * -(-columns // COLUMNS) * splits, tile.resident * properties.multiprocessors(x.device))
     args = (
         *_descriptors(x, codes, b.format, tile), scale, outers.a, outers.b, bias, offsets, out, rows, columns, size,
         groups, blocks, scale.stride(0), scale_row, *outers.strides,
