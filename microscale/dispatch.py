@@ -267,6 +267,15 @@ def _load() -> None:
 
 
 @contextlib.contextmanager
+def _within(wish: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
+    token = wish.set(value)
+    try:
+        yield
+    finally:
+        wish.reset(token)
+
+
+@contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block only kernels of this backend run ("reference", "triton", "cublas"); no other is a substitute.
 
@@ -274,21 +283,15 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in backends():
         raise unknown_name("backend", name, backends())
-    token = _backend.set(name)
-    try:
+    with _within(_backend, name):
         yield
-    finally:
-        _backend.reset(token)
 
 
 @contextlib.contextmanager
 def strict(enabled: bool = True) -> Iterator[None]:
     """Within the block a fallback raises NoKernelError instead of running."""
-    token = _strict.set(enabled)
-    try:
+    with _within(_strict, enabled):
         yield
-    finally:
-        _strict.reset(token)
 
 
 @contextlib.contextmanager
@@ -297,11 +300,8 @@ def exact_products(enabled: bool = True) -> Iterator[None]:
 
     What it keeps out are kernels with a wider bound of their own: FP8 tensor cores on operands re-encoded row by row.
     """
-    token = _exact.set(enabled)
-    try:
+    with _within(_exact, enabled):
         yield
-    finally:
-        _exact.reset(token)
 
 
 def is_fallback(entry: Kernel, problem: Problem) -> bool:
