@@ -179,6 +179,32 @@ def test_tensors_are_told_apart_as_triton_does():
         assert ours == theirs, (a.dtype, a.data_ptr() % 16, b.dtype, b.data_ptr() % 16)
 
 
+def test_descriptors_are_told_apart_as_triton_does():
+    """Of the copy engine: by dtype, block and layout; sizes, strides, and where they lie do not count."""
+    native = pytest.importorskip("triton._C.libtriton").native_specialize_impl
+    base = pytest.importorskip("triton.backends.compiler").BaseBackend
+    gluon = pytest.importorskip("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    made = []
+    for dtype, (rows, columns), start in itertools.product(
+        (torch.bfloat16, torch.float16, torch.uint8), ((64, 128), (32, 128), (64, 256)), (0, 256)
+    ):
+        x, shape = at(start, dtype), [2, 64 + start]
+        made.append(TensorDescriptor(x, shape, [512, 1], [rows, columns]))
+        for width in (128, 64):
+            layout = NVMMASharedLayout(width, 8 * dtype.itemsize, 2)
+            made.append(gluon(x, shape, [512, 1], [rows, columns], layout))
+    for a, b in itertools.product(made, made):
+        theirs = native(base, a, False, True, True) == native(base, b, False, True, True)
+        ours = launching._by_value((a,))[0] == launching._by_value((b,))[0]
+        assert ours == theirs, (a, b)
+    assert launching._by_value((made[0],))[1] == [made[0]]
+    elsewhere = gluon(at(0, torch.bfloat16, place=1), [2, 64], [64, 1], [64, 128], NVMMASharedLayout(128, 16, 2))
+    assert launching._by_value((made[0], elsewhere))[0] is None  # two devices
+
+
 def test_order_and_place_of_arguments_count():
     """Keys are sequences: what one argument gives cannot be taken for what another gives."""
     a, b, odd = at(0), at(0, torch.int32), at(4)
@@ -231,6 +257,15 @@ def test_constants_and_warps_are_told_apart(driver):
             assert Launcher.calls[-1] == plain(1, args, constants, warps), turn
 
 
+def test_options_of_the_compiler_are_among_the_constants(driver, through_triton):
+    args, limits = (at(0), at(512), 100, 1), (CONSTANTS | {"maxnreg": 128}, CONSTANTS)
+    for constants in limits * 2:
+        launch(scaled_copy, 3, args, constants, 4)
+    assert len(through_triton) == 2 and Launcher.calls[:2] == Launcher.calls[2:] == [plain(3, args, c) for c in limits]
+    made = {k.function: k.metadata.maxnreg for k in scaled_copy.device_caches[0][0].values()}
+    assert [made[call[2]] for call in Launcher.calls[:2]] == [128, None]
+
+
 def test_the_memory_is_bounded(driver, monkeypatch):
     monkeypatch.setattr(launching, "_LIMIT", 4)
     for n in range(17, 31):
@@ -259,7 +294,8 @@ def test_tensors_of_two_devices_are_left_to_triton(driver, through_triton):
     for _ in range(2):
         launch(scaled_copy, 1, (at(0), at(512, place=1), 100, 1), CONSTANTS, 4)
         launch(scaled_copy, 1, (at(0), on_device(torch.zeros(9), place=-1), 100, 1), CONSTANTS, 4)
-    assert len(through_triton) == 4
+        launch(scaled_copy, 1, (on_device(torch.zeros(9), place=-1), at(0), 100, 1), CONSTANTS, 4)
+    assert len(through_triton) == 6
 
 
 def test_none_is_an_argument(driver, monkeypatch):

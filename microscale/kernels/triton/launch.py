@@ -7,6 +7,7 @@ a compiled kernel is remembered under what Triton specialises by,
     tensor    its dtype, and whether its address is a multiple of 16
     int       whether it is 1 (a constant then), whether it is a multiple of 16; int32, int64 or uint64
     None      that it is None (a constant)
+    descriptor (of the copy engine)  the dtype of its tensor, the block, and how that lies in shared memory
 
 and the next such launch goes straight to Triton's launcher. Everything else is left to Triton: the first launch of each
 kind, arguments of other types, tensors of several devices or of none, the interpreter, backends other than CUDA, hooks
@@ -96,6 +97,7 @@ _recorded: list[Launch] | None = None
 def launch(kernel: Any, grid: int, args: tuple[Any, ...], constants: Mapping[str, Any], warps: int) -> None:
     """Launch a jitted kernel on `grid` programs with runtime `args` in order and constexpr `constants`.
 
+    Among the constants may be options of the compiler, such as `maxnreg`.
     It runs on the device of its tensors, current or not, in that device's current stream. Pass the same mapping object
     for the same constants and leave it unchanged: it is known by its identity. Without fused multiply-add: every
     operation that decides a bit is one IEEE operation.
@@ -116,19 +118,20 @@ def launch(kernel: Any, grid: int, args: tuple[Any, ...], constants: Mapping[str
             _run(found, grid, values, active.get_current_stream(device))
 
 
-def _run(found: _Compiled, grid: int, values: list[int | None], stream: int) -> None:
+def _run(found: _Compiled, grid: int, values: list[Any], stream: int) -> None:
     run, function, metadata, places = found
     run(grid, 1, 1, stream, function, metadata, None, None, None, *values, *places)
 
 
-def _by_value(args: tuple[Any, ...]) -> tuple[_Key | None, list[int | None], int]:
+def _by_value(args: tuple[Any, ...]) -> tuple[_Key | None, list[Any], int]:
     """Return (dtypes and ints in order, then the device; the arguments with addresses for tensors; the device).
 
-    The first is None for arguments that are left to Triton.
+    The first is None for arguments that are left to Triton. Its descriptors stay as they are: its launcher makes the
+    driver's from them.
     """
     key: list[Any] = []
-    values: list[int | None] = []
-    device, last, address = -1, None, 0
+    values: list[Any] = []
+    device, last, address = -2, None, 0  # -1 is torch's for the CPU
     mark: Any = None
     for arg in args:
         if type(arg) is int:
@@ -140,7 +143,7 @@ def _by_value(args: tuple[Any, ...]) -> tuple[_Key | None, list[int | None], int
         elif isinstance(arg, torch.Tensor):
             last, mark, address, place = arg, arg.dtype, arg.data_ptr(), arg.get_device()
             if place != device:
-                if device >= 0:
+                if device >= 0 or place < 0:
                     return None, values, device
                 device = place
             if address & 15:
@@ -150,6 +153,12 @@ def _by_value(args: tuple[Any, ...]) -> tuple[_Key | None, list[int | None], int
         elif arg is None:
             key.append(None)
             values.append(None)
+        elif type(arg).__name__ == "TensorDescriptor" and (arg.base.get_device() == device or device < 0):
+            key.append((arg.base.dtype, tuple(arg.block_shape), getattr(arg, "layout", None)))
+            values.append(arg)
+            device = arg.base.get_device()
+            if device < 0:
+                return None, values, device
         else:
             return None, values, device
     key.append(device)
@@ -196,10 +205,10 @@ def _compiled(kernel: Any, made: Any, runtime: int, constants: Mapping[str, Any]
         return None
     if made.metadata.target.backend != "cuda" or not _is_known(type(made.run).__call__):
         return None
-    names = [p.name for p in kernel.params]
-    if set(names[runtime:]) != set(constants) or not all(p.is_constexpr for p in kernel.params[runtime:]):
+    constant = kernel.params[runtime:]
+    if not {p.name for p in constant} <= set(constants) or not all(p.is_constexpr for p in constant):
         return None
-    return _Compiled(made.run, made.function, made.packed_metadata, (None,) * len(constants))
+    return _Compiled(made.run, made.function, made.packed_metadata, (None,) * len(constant))
 
 
 @functools.cache
