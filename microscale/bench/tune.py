@@ -100,7 +100,7 @@ def _compile(problems: Sequence[tuple[FormatSpec, int, tuple[int, int]]], jobs: 
     import multiprocessing
 
     wanted = sorted({
-        (fmt.key, eights, cut._replace(splits=min(cut.splits, 2)))
+        (fmt.key, eights, cut._replace(splits=1 << (cut.splits - 1).bit_length()))
         for fmt, eights, (n, k) in problems
         for cut in fragment_tuning.candidates(eights, n, k)
     })  # fmt: skip

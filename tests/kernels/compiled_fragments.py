@@ -16,7 +16,8 @@ from microscale.kernels.triton import fragments, jit_fragments
 from microscale.kernels.triton.fragment_tuning import by_rule
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {"x": "*i32", "words": "*i32", "scales": "*i32", "outer": "*fp32", "bias": "*bf16", "out": "*bf16"}
+POINTERS = {"x": "*bf16", "words": "*u8", "scales": "*u8", "outer": "*fp32", "bias": "*bf16", "out": "*bf16"}
+POINTERS |= {"parts": "*fp32", "arrived": "*i32"}
 FORMATS = ("mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8")
 CASES = {
     **{f"matmul {f} {e}": (f, e) for f in FORMATS for e in (1, 8)},
@@ -32,10 +33,11 @@ def compiled(case: str, capability: int) -> dict[str, object]:
     if eights:
         cut = by_rule(fmt, eights, 8192, 28672, 132, (capability // 10, capability % 10))
         plan = fragments.plan_of(fmt, cut, eights, int(fmt.outer_scale is not None), False)
-        kernel, constants, warps = jit_fragments.matmul_fragments, plan.constants, plan.warps
+        kernel, constants, warps = jit_fragments.matmul_fragments, dict(plan.constants), plan.warps
+        if eights == 1:
+            constants["rows"] = 1  # as Triton has it for one token
     else:
         kernel, constants, warps = jit_fragments.dequantize_fragments, fragments._dequantize_constants(fmt), 4
-        pointers["out"] = "*i32"
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
     aligned = {
         (kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t != "constexpr"

@@ -17,7 +17,7 @@ import microscale as ms
 from microscale.kernels.triton import fragments_wide, jit_fragments_wide
 from tests.kernels.wgmma_hazards import hazards, machine_code
 
-POINTERS = {"words": "*i32", "scales": "*i32", "outer": "*fp32", "bias": "*bf16", "out": "*bf16", "parts": "*fp32"}
+POINTERS = {"words": "*u8", "scales": "*u8", "outer": "*fp32", "bias": "*bf16", "out": "*bf16", "parts": "*fp32"}
 FORMATS = ("mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8")
 ROWS = (32, 64, 128)
 

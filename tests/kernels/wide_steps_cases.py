@@ -12,7 +12,8 @@ def order(rows, steps):
     x = torch.arange(rows * steps * 32, dtype=torch.int32)
     out = torch.empty_like(x)
     size = fragments_wide._ORDER["SIZE"]
-    jit_wide_steps.order_pairs[(-(-x.numel() // size),)](x, out, x.numel(), SIZE=size)
+    halves = x.view(torch.bfloat16), out.view(torch.bfloat16)
+    jit_wide_steps.order_pairs[(-(-x.numel() // size),)](*halves, x.numel(), SIZE=size)
     lanes = x.view(rows, steps, 4, 4, 2)  # lane t, step of 16, half; the two codes of a pair stay together
     return torch.equal(out, lanes.permute(0, 1, 3, 4, 2).reshape(-1))
 

@@ -4,8 +4,9 @@ Bound by the bytes of the weight, so built around reading them: every lane loads
 step ahead, decodes them in its registers (`ptx_decode.py`; under 2.5 instructions per weight of 4 bits, all told) and
 feeds them to `mma.m16n8k16` as the A operand: nothing of the weight crosses shared memory. The rows of x are the N
 side, 8 at a time, so that one token wastes nothing that matters. K is split among the warps of a program, which add up
-in shared memory, and, where programs are too few, among programs, whose FP32 sums a second kernel adds: always in one
-order, so that results repeat bit for bit.
+in shared memory, and, where programs are too few, among programs, whose FP32 sums are added in one order, so that
+results repeat bit for bit: by the last program of a tile for few rows, by a second kernel for more, since one program's
+loads of so much take longer than a launch.
 
 Error: decoded operands are exact; FP32 accumulation, outer scale and bias in FP32, one rounding.
 """
@@ -20,7 +21,7 @@ import torch
 from microscale.dispatch import Operand, Problem, Requires, kernel
 from microscale.kernels.reference.matmul import Operand as KernelOperand
 from microscale.kernels.reference.matmul import Parts
-from microscale.kernels.triton import fragment_tuning, ptx_decode
+from microscale.kernels.triton import arrivals, fragment_tuning, ptx_decode
 from microscale.kernels.triton.fragment_tuning import Tuning
 from microscale.kernels.triton.launch import launch
 from microscale.numerics import layout
@@ -42,10 +43,11 @@ def plan_of(fmt: FormatSpec, tuning: Tuning, rows_of_8: int, outer: int, bias: b
     """Return the plan for a format; `outer`: 0 none, 1 a number, 2 one per column of the result."""
     held = 4 if fmt.element.width == 6 else 2
     low, high = ptx_decode.decoder(fmt, 0), ptx_decode.decoder(fmt, 2 if held == 2 else 0)
+    most = 1 << (tuning.splits - 1).bit_length() if rows_of_8 == 1 else 1
     mma, mma_in = ptx_decode.mma()
     constants = {
         "UNITS": tuning.units, "HELD": held, "WIDTH": fmt.element.width, "BLOCK": fmt.block, "NT": rows_of_8,
-        "WN": tuning.across, "WK": tuning.along, "OUTER": outer, "BIAS": bias,
+        "WN": tuning.across, "WK": tuning.along, "MOST": most, "OUTER": outer, "BIAS": bias,
         "DROP": float(2**low.drop), "DECODE": low.assembly, "DECODE_NEXT": high.assembly,
         "DECODE_IN": low.constraints, "MMA": mma, "MMA_IN": mma_in,
     }  # fmt: skip
@@ -98,15 +100,14 @@ REQUIRES = Requires(
 def matmul(a: KernelOperand, b: KernelOperand, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     """Return a [..., M, K] @ b [K, N] + bias; arguments and result as `reference.matmul`."""
     assert isinstance(a, torch.Tensor) and isinstance(b, Parts)
-    columns = b.qdata.shape[-1]
-    *lead, depth = a.shape
-    x = a.reshape(-1, depth)
-    x = x.contiguous()
+    columns, depth = b.qdata.shape[-1], a.shape[-1]
+    x = (a if a.dim() == 2 else a.reshape(-1, depth)).contiguous()
     x = x.clone() if x.data_ptr() % 16 else x
     rows = x.shape[0]
     eights = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 else 8
     tuning = fragment_tuning.find(b.format, eights, columns, depth, x.device)
-    return run(x, b, bias, out_dtype, eights, tuning).reshape(*lead, columns)
+    out = run(x, b, bias, out_dtype, eights, tuning)
+    return out if a.dim() == 2 else out.view(*a.shape[:-1], columns)
 
 
 def run(
@@ -116,7 +117,6 @@ def run(
     from microscale.kernels.triton import jit_fragments, jit_splits
 
     (rows, depth), columns = x.shape, b.qdata.shape[-1]
-    words, scales = as_words(b.qdata.mT), as_words(b.scale.mT)
     outer, outer_kind = outer_of(b.outer_scale, columns, x)
     bias = None if bias is None else bias.expand(columns).contiguous()
     steps = depth // DEPTH
@@ -124,26 +124,21 @@ def run(
     splits = -(-steps // each)
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
     across = -(-columns // (16 * tuning.units * tuning.across))
-    pairs = x.view(torch.int32)
-    if splits == 1:
-        plan = plan_of(b.format, tuning, eights, outer_kind, bias is not None)
-        args = (pairs, words, scales, outer, x if bias is None else bias, out, rows, columns, depth, each, 1)
-        launch(jit_fragments.matmul_fragments, across, args, plan.constants, plan.warps)
+    sums = out if splits == 1 else torch.empty(splits * rows * columns, dtype=torch.float32, device=x.device)
+    added = x if bias is None else bias
+    cut = tuning._replace(splits=splits)
+    if splits == 1 or eights == 1:
+        plan = plan_of(b.format, cut, eights, outer_kind, bias is not None)
+        arrived = x if splits == 1 else arrivals.counters(x.device, across)
+        args = (x, b.qdata, b.scale, outer, added, out, sums, arrived, rows, columns, depth, each, splits)
+        launch(jit_fragments.matmul_fragments, across * splits, args, plan.constants, plan.warps)
         return out
-    plan = plan_of(b.format, tuning, eights, 0, False)
-    parts = torch.empty(splits, rows, columns, dtype=torch.float32, device=x.device)
-    args = (pairs, words, scales, x, x, parts, rows, columns, depth, each, splits)
+    plan = plan_of(b.format, cut, eights, 0, False)
+    args = (x, b.qdata, b.scale, x, x, sums, x, x, rows, columns, depth, each, splits)
     launch(jit_fragments.matmul_fragments, across * splits, args, plan.constants, plan.warps)
-    constants = _sum_constants(splits, outer_kind, bias is not None)
-    total = rows * columns
-    sum_args = (parts, outer, x if bias is None else bias, out, columns, total)
-    launch(jit_splits.add_splits, -(-total // constants["SIZE"]), sum_args, constants, 4)
+    known, total = _sum_constants(splits, outer_kind, bias is not None), rows * columns
+    launch(jit_splits.add_splits, -(-total // known["SIZE"]), (sums, outer, added, out, columns, total), known, 4)
     return out
-
-
-def as_words(data: torch.Tensor) -> torch.Tensor:
-    """Return dense bytes as int32 [n]; a row of scales may be no whole number of words."""
-    return data.reshape(-1).view(torch.int32)
 
 
 def outer_of(scale: torch.Tensor | None, columns: int, other: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -173,7 +168,7 @@ def decode(qdata: torch.Tensor, scale: torch.Tensor, fmt: FormatSpec) -> torch.T
     rows, depth = qdata.shape[0], scale.shape[1] * fmt.block
     out = torch.empty(rows, depth, dtype=torch.bfloat16, device=qdata.device)
     constants, total = _dequantize_constants(fmt), rows // ROWS * (depth // DEPTH)
-    args = (as_words(qdata), as_words(scale), out.view(torch.int32), total, depth // 2)
+    args = (qdata, scale, out, total, depth // 2)
     launch(jit_fragments.dequantize_fragments, -(-total // _DEQUANTIZE_WARPS), args, constants, _DEQUANTIZE_WARPS)
     return out
 

@@ -105,9 +105,10 @@ def _has_rows(problem: Problem) -> bool:
 def matmul(a: KernelOperand, b: KernelOperand, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     """Return a [..., M, K] @ b [K, N] + bias; arguments and result as `reference.matmul`."""
     assert isinstance(a, torch.Tensor) and isinstance(b, Parts)
-    x, columns = a.reshape(-1, a.shape[-1]).contiguous(), b.qdata.shape[-1]
+    x, columns = (a if a.dim() == 2 else a.reshape(-1, a.shape[-1])).contiguous(), b.qdata.shape[-1]
     cut = cut_of(x.shape[0], columns, properties.multiprocessors(x.device))
-    return run(x, b, bias, out_dtype, cut).reshape(*a.shape[:-1], columns)
+    out = run(x, b, bias, out_dtype, cut)
+    return out if a.dim() == 2 else out.view(*a.shape[:-1], columns)
 
 
 def run(x: torch.Tensor, b: Parts, bias: torch.Tensor | None, out_dtype: torch.dtype, cut: Cut) -> torch.Tensor:
@@ -117,15 +118,13 @@ def run(x: torch.Tensor, b: Parts, bias: torch.Tensor | None, out_dtype: torch.d
     from microscale.kernels.triton import jit_fragments_wide, jit_wide_steps
 
     (rows, depth), columns = x.shape, b.qdata.shape[-1]
-    words, scales = fragments.as_words(b.qdata.mT), fragments.as_words(b.scale.mT)
     outer, outer_kind = fragments.outer_of(b.outer_scale, columns, x)
     bias = None if bias is None else bias.expand(columns).contiguous()
     added = x if bias is None else bias
     x = x.clone() if x.data_ptr() % 16 else x
     ordered = torch.empty_like(x)
     pairs = rows * depth // 2
-    args: tuple[Any, ...] = (x.view(torch.int32), ordered.view(torch.int32), pairs)
-    launch(jit_wide_steps.order_pairs, -(-pairs // _ORDER["SIZE"]), args, _ORDER, 4)
+    launch(jit_wide_steps.order_pairs, -(-pairs // _ORDER["SIZE"]), (x, ordered, pairs), _ORDER, 4)
     x_tiles = TensorDescriptor(ordered, [rows, depth], [depth, 1], [cut.rows, DEPTH], jit_fragments_wide.X_LAYOUT)
     steps, tiles_x = depth // DEPTH, -(-rows // cut.rows)
     tiles = tiles_x * -(-columns // (64 * cut.units))
@@ -134,10 +133,25 @@ def run(x: torch.Tensor, b: Parts, bias: torch.Tensor | None, out_dtype: torch.d
     programs = -(-total // each)
     shared = each % steps != 0
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
-    size = programs * 128 * cut.units * cut.rows if shared else 1
-    parts = torch.empty(size, dtype=torch.float32, device=x.device)
+    parts = x
+    if shared:
+        parts = torch.empty(programs * 128 * cut.units * cut.rows, dtype=torch.float32, device=x.device)
     constants = constants_of(b.format, cut.rows, cut.units, outer_kind, bias is not None)
-    args = (x_tiles, words, scales, outer, added, out, parts, rows, columns, steps, tiles_x, total, each)
+    args: tuple[Any, ...] = (
+        x_tiles,
+        b.qdata,
+        b.scale,
+        outer,
+        added,
+        out,
+        parts,
+        rows,
+        columns,
+        steps,
+        tiles_x,
+        total,
+        each,
+    )
     launch(jit_fragments_wide.matmul_wide, programs, args, constants, 4)
     if shared:
         last = _sum_constants(cut.rows, cut.units, outer_kind, bias is not None, constants["DROP"])

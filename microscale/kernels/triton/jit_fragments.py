@@ -7,6 +7,8 @@ and has four neighbouring registers of every [threads, 4] tensor.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from microscale.kernels.triton.gluon_names import together
+
 
 @gluon.jit
 def _load(
@@ -70,17 +72,22 @@ def _step(
 
 @gluon.jit
 def matmul_fragments(
-    x, words, scales, outer, bias, out, rows, columns, depth, steps_each, splits,
+    x, words, scales, outer, bias, out, parts, arrived, rows, columns, depth, steps_each, splits,
     UNITS: gl.constexpr, HELD: gl.constexpr, WIDTH: gl.constexpr, BLOCK: gl.constexpr, NT: gl.constexpr,
-    WN: gl.constexpr, WK: gl.constexpr, OUTER: gl.constexpr, BIAS: gl.constexpr,
+    WN: gl.constexpr, WK: gl.constexpr, MOST: gl.constexpr, OUTER: gl.constexpr, BIAS: gl.constexpr,
     DROP: gl.constexpr, DECODE: gl.constexpr, DECODE_NEXT: gl.constexpr, DECODE_IN: gl.constexpr,
     MMA: gl.constexpr, MMA_IN: gl.constexpr,
 ):  # fmt: skip
-    """out [splits, M, N] = x [M, K] @ w.T of each part of K; a program takes WN * UNITS * 16 columns and one part.
+    """out [M, N] = x [M, K] @ w.T; a program takes WN * UNITS * 16 columns and one of `splits` parts of K.
 
-    x int32 [M, K / 2] (pairs of bfloat16), words, scales int32: the weight in layout `fragments`. OUTER: 0 none, 1 a
-    number, 2 one per column; outer scale and bias only where there is one part.
+    x [M, K] bfloat16; words, scales: the weight in layout `fragments`, as bytes. OUTER: 0 none, 1 a number, 2 one per
+    column. With MOST above 1, sums of the at most MOST parts go to parts FP32 [splits, M, N]; which program is the last
+    of a tile, `arrived` says (see `arrivals.py`), and that one adds them up in their order. Else `out` has a matrix for
+    each part.
     """
+    x = x.to(gl.pointer_type(gl.int32), bitcast=True)
+    words = words.to(gl.pointer_type(gl.int32), bitcast=True)
+    scales = scales.to(gl.pointer_type(gl.int32), bitcast=True)
     T: gl.constexpr = 32 * WN * WK
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WN * WK, 1], [1, 0])
     column: gl.constexpr = gl.SliceLayout(0, layout)
@@ -126,14 +133,27 @@ def matmul_fragments(
         acc = _step(
             acc, next_w, next_s, next_b, byte, UNITS, HELD, WIDTH, NT, DECODE, DECODE_NEXT, DECODE_IN, MMA, MMA_IN
         )
+    mine = (out if MOST == 1 else parts) + part.to(gl.int64) * rows * columns
     for u in gl.static_range(UNITS):
         for n in gl.static_range(NT):
-            _store(acc[u * NT + n], u, n, tile, part, outer, bias, out, rows, columns, UNITS, WN, WK, OUTER, BIAS, DROP)
+            if MOST == 1:
+                _store(acc[u * NT + n], u, n, tile, outer, bias, mine, rows, columns, UNITS, WN, WK, OUTER, BIAS, DROP)
+            else:
+                _store(acc[u * NT + n], u, n, tile, outer, bias, mine, rows, columns, UNITS, WN, WK, 0, False, 1.0)
+    if MOST > 1:
+        together()
+        others = gl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu")
+        if others == splits - 1:
+            _add(
+                parts, tile * (WN * UNITS * 16), outer, bias, out, rows, columns, splits,
+                WN * UNITS * 16, WN * WK, MOST, OUTER, BIAS, DROP,
+            )  # fmt: skip
+            gl.store(arrived + tile, 0)
 
 
 @gluon.jit
 def _store(
-    acc, u: gl.constexpr, n: gl.constexpr, tile, part, outer, bias, out, rows, columns,
+    acc, u: gl.constexpr, n: gl.constexpr, tile, outer, bias, out, rows, columns,
     UNITS: gl.constexpr, WN: gl.constexpr, WK: gl.constexpr, OUTER: gl.constexpr, BIAS: gl.constexpr,
     DROP: gl.constexpr,
 ):  # fmt: skip
@@ -145,16 +165,38 @@ def _store(
     lane = tid & 31
     column = ((tile * WN + (tid >> 5)) * UNITS + u) * 16 + (lane >> 2) + (four >> 1) * 8
     row = n * 8 + (lane & 3) * 2 + (four & 1)
+    _finish(total * DROP, row, column, outer, bias, out, rows, columns, OUTER, BIAS)
+
+
+@gluon.jit
+def _add(
+    parts, first, outer, bias, out, rows, columns, splits,
+    COLUMNS: gl.constexpr, WARPS: gl.constexpr, MOST: gl.constexpr, OUTER: gl.constexpr, BIAS: gl.constexpr,
+    DROP: gl.constexpr,
+):  # fmt: skip
+    """Add all parts of COLUMNS columns of 8 rows of the result, and store."""
+    place = gl.arange(0, 8 * COLUMNS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    row, column = place // COLUMNS, first + place % COLUMNS
     there = (row < rows) & (column < columns)
-    total = total * DROP
+    source = parts + row * columns + column
+    each = columns.to(gl.int64) * rows  # one row is a constant
+    total = gl.load(source, mask=there, other=0, cache_modifier=".cg")  # where other SMs have written, no L1
+    for part in gl.static_range(1, MOST):
+        total += gl.load(source + part * each, mask=there & (part < splits), other=0, cache_modifier=".cg")
+    _finish(total * DROP, row, column, outer, bias, out, rows, columns, OUTER, BIAS)
+
+
+@gluon.jit
+def _finish(total, row, column, outer, bias, out, rows, columns, OUTER: gl.constexpr, BIAS: gl.constexpr):
+    """Scale, add the bias, round and store."""
+    there = (row < rows) & (column < columns)
     if OUTER == 1:
         total = total * gl.load(outer)
     elif OUTER == 2:
         total = total * gl.load(outer + column, mask=there, other=0)
     if BIAS:
         total = total + gl.load(bias + column, mask=there, other=0).to(gl.float32)
-    place = (part * rows + row) * columns + column
-    gl.store(out + place, total.to(out.dtype.element_ty), mask=there)
+    gl.store(out + row * columns + column, total.to(out.dtype.element_ty), mask=there)
 
 
 @gluon.jit
@@ -162,7 +204,10 @@ def dequantize_fragments(
     words, scales, out, total, half_depth, HELD: gl.constexpr, WIDTH: gl.constexpr, BLOCK: gl.constexpr,
     WARPS: gl.constexpr, DECODE: gl.constexpr, DECODE_NEXT: gl.constexpr, DECODE_IN: gl.constexpr,
 ):  # fmt: skip
-    """out int32 [N, K / 2]: pairs of bfloat16, without the outer scale. A warp takes 64 x 64 of `total` such."""
+    """out [N, K] bfloat16, without the outer scale. A warp takes 64 x 64 of `total` such."""
+    words = words.to(gl.pointer_type(gl.int32), bitcast=True)
+    scales = scales.to(gl.pointer_type(gl.int32), bitcast=True)
+    out = out.to(gl.pointer_type(gl.int32), bitcast=True)
     T: gl.constexpr = 32 * WARPS
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
     tid = gl.arange(0, T, gl.SliceLayout(1, layout))

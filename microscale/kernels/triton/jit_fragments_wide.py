@@ -91,6 +91,8 @@ def matmul_wide(
     takes steps [p, p + 1) * each of `total`, those of all tiles. Where it has a tile's steps only in part, its FP32
     sums go to parts [program, 2, UNITS, 64, N]: those of a tile's first steps to the second place.
     """
+    words = words.to(gl.pointer_type(gl.int32), bitcast=True)
+    scales = scales.to(gl.pointer_type(gl.int32), bitcast=True)
     T: gl.constexpr = 128
     VECTORS: gl.constexpr = UNITS * WIDTH // 4
     flat: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])

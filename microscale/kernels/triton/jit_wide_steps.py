@@ -6,10 +6,12 @@ import triton.language as tl
 
 @triton.jit
 def order_pairs(x, out, total, SIZE: tl.constexpr):
-    """out [M, K / 2] = x, both int32 pairs along K, in the order in which tensor cores count the K of `fragments`.
+    """out [M, K] = x, both of 16 bits, their `total` pairs in the order in which tensor cores count K of `fragments`.
 
     Of 32 pairs, lane t's pair 2 s + j of 8 goes to step s, half j, place t.
     """
+    x = x.to(tl.pointer_type(tl.int32), bitcast=True)
+    out = out.to(tl.pointer_type(tl.int32), bitcast=True)
     place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     pair = place & 31
     source = (place - pair) + (pair & 3) * 8 + (pair >> 3) * 2 + ((pair >> 2) & 1)
