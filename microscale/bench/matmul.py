@@ -3,7 +3,8 @@
 Cases, each a name that `Plan.cases` may hold:
 
     weight_only   bf16 activations; up to 512 rows with the weight prepared, where there is such a thing
-    both_scaled   both operands quantized: the cast of the activations included ("cast included"), and without it
+    both_scaled   both operands quantized, the weight prepared for that: the cast of the activations included ("cast
+                  included"), and without it
     grouped       mixtures of experts: see `microscale.bench.grouped`
     mlp           the MLP of Llama-3 70B in one CUDA graph: see `microscale.bench.mlp`
 
@@ -50,7 +51,7 @@ class Plan:
     rows: tuple[int, ...] = (1, 16, 64, 256, 4096)  # M
     few_rows: tuple[int, ...] = (1, 256, 4096)  # of formats outside FORMATS, at the first shape
     pair_shapes: tuple[tuple[int, int], ...] = ((28672, 8192), (8192, 28672))
-    pair_rows: tuple[int, ...] = (256, 4096)
+    pair_rows: tuple[int, ...] = (1, 64, 256, 4096)
     experts: tuple[tuple[int, int, int], ...] = ((8, 14336, 4096), (64, 1536, 2048))
     tokens: int = 4096
     mlp: tuple[int, int] = (8192, 28672)
@@ -248,6 +249,14 @@ class Weights:
             return None
         return made if made.scale_layout != self.quantized.scale_layout else None
 
+    @functools.cached_property
+    def for_both(self) -> BlockScaledTensor:
+        """The weight as `microscale.prepare` makes it for quantized activations, however many rows."""
+        try:
+            return microscale.prepare(self.quantized, quantized_activations=True)
+        except MicroscaleError:
+            return self.quantized
+
     def for_rows(self, m: int) -> tuple[BlockScaledTensor, str]:
         """Return the weight to use for so many rows, and the name of the case: "prepared" or "plain"."""
         made = self.prepared if m <= DECODE else None
@@ -267,9 +276,9 @@ def _weight_only(weights: Weights, x: torch.Tensor) -> Product:
 
 
 def _both_scaled(weights: Weights, x: torch.Tensor, spec: QuantizerSpec) -> Iterator[Product]:
-    weight = weights.quantized.transpose(-1, -2)
+    weight = weights.for_both.transpose(-1, -2)
     a = quantize(x, spec)
-    chosen = (explain("matmul", a, weights.quantized),)
+    chosen = (explain("matmul", a, weights.for_both),)
     alone = functools.partial(matmul, a, weight)
 
     def call() -> torch.Tensor:

@@ -85,11 +85,11 @@ def _weight_only(mlp: _Mlp, x: torch.Tensor) -> Product:
 
 
 def _both_scaled(mlp: _Mlp, x: torch.Tensor, spec: QuantizerSpec) -> Product:
-    gate_up, down = (w.quantized.transpose(-1, -2) for w in mlp)
+    gate_up, down = (w.for_both.transpose(-1, -2) for w in mlp)
     between = quantize(x.new_zeros(x.shape[0], down.shape[0]), spec)
     chosen = (
-        explain("matmul", quantize(x, spec), mlp.gate_up.quantized),
-        explain("matmul", between, mlp.down.quantized),
+        explain("matmul", quantize(x, spec), mlp.gate_up.for_both),
+        explain("matmul", between, mlp.down.for_both),
     )
 
     def call() -> torch.Tensor:

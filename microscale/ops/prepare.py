@@ -1,7 +1,7 @@
 """`prepare`, `prepare_`: make weights ready for the kernels they will meet.
 
-For plain activations: in the order in which the decode GEMM's tensor cores take them. For quantized activations:
-looked at once, whether FP8 tensor cores get every value of a weight's rows.
+In the order in which the decode GEMM's tensor cores take them; and, for quantized activations, looked at once, whether
+FP8 tensor cores get every value of a weight's rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from microscale.errors import InputError, MicroscaleError
 from microscale.kernels.reference import align_rows
 from microscale.kernels.triton import ptx_decode
 from microscale.numerics import layout
+from microscale.ops import library
 from microscale.tensor import BlockScaledTensor
+
+DECODING, BLACKWELL = (8, 0), (10, 0)  # from where on weights are decoded in registers, and hardware takes them scaled
 
 
 def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -> BlockScaledTensor:
@@ -28,8 +31,10 @@ def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -
     Raises InputError, with the reason, for a weight that the kernel cannot decode exactly: sizes that are no multiples
     of 64, codebooks, blocks other than 16 or 32, FP32 scales, or a scale so large (or NaN) that bfloat16 lacks it.
 
-    With `quantized_activations`, which meet weights in the plain layout: the weight in that layout, with
-    `meta.exact_rows` set. See `noted`.
+    With `quantized_activations` nothing is refused but experts. The weight has `meta.exact_rows` set where there is
+    such a question (see `noted`), and layout `fragments` if it can have it and is on a GPU where that serves every
+    number of rows: sm_80 to sm_90. Elsewhere, and on the CPU, it stays in a plain layout: Blackwell multiplies blocks
+    and scales itself and takes them as they are. Prepare weights on the device they will be used on.
     """
     if not isinstance(weight, BlockScaledTensor):
         raise InputError(f"prepare takes a BlockScaledTensor, got {type(weight).__name__}", "quantize it first")
@@ -39,7 +44,7 @@ def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -
             "leave them as they are: grouped products take the plain layout",
         )
     if quantized_activations:
-        return noted(weight.to_layout(layout.STRIDED) if weight.scale_layout == layout.FRAGMENTS else weight)
+        return _for_both(weight)
     if weight.scale_layout == layout.FRAGMENTS:
         return weight
     if weight.block_axis != -1:
@@ -47,6 +52,26 @@ def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -
     made = weight.to_layout(layout.FRAGMENTS)
     _check(weight)
     return made
+
+
+def _for_both(weight: BlockScaledTensor) -> BlockScaledTensor:
+    """Return a weight ready for quantized activations, and for plain ones if it could be reordered."""
+    found = noted(weight.to_layout(layout.STRIDED) if weight.scale_layout == layout.FRAGMENTS else weight)
+    if not decodes_on(weight.device):
+        return found
+    if weight.scale_layout == layout.FRAGMENTS:
+        known = weight.meta.exact_rows == found.meta.exact_rows
+        return weight if known else weight.replace(meta=dataclasses.replace(found.meta, layout=layout.FRAGMENTS))
+    try:
+        return prepare(found)
+    except InputError:  # a format, a size or values that the layout is not for
+        return found
+
+
+def decodes_on(device: torch.device) -> bool:
+    """Return True for a device whose kernels multiply quantized activations by weights in layout `fragments`."""
+    found = library.capability(device)
+    return found is not None and DECODING <= found < BLACKWELL
 
 
 def noted(weight: BlockScaledTensor) -> BlockScaledTensor:
@@ -98,8 +123,8 @@ def prepare_(model: torch.nn.Module) -> dict[str, str]:
     Weights of experts stay as they are, which the result says too.
 
     Returns {module name: "fragments", or why its weight stays as it was}; for layers that quantize their activations,
-    "strided" (or "swizzle_32_4_4"), and what was found of a weight's rows: ", rows exact in E4M3" or ", rows not exact
-    in E4M3".
+    the layout, "fragments" or a plain one, and what was found of a weight's rows: ", rows exact in E4M3" or ", rows not
+    exact in E4M3".
     """
     done: dict[str, str] = {}
     for name, module in model.named_modules():

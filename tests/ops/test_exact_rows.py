@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import io
 
 import pytest
@@ -11,9 +12,11 @@ import microscale as ms
 from microscale import dispatch
 from microscale.kernels.reference import align_rows
 from microscale.numerics import packing
+from microscale.ops import library
 from microscale.ops.prepare import noted
 from microscale.testing import assert_same_quantized
 
+prepare_module = importlib.import_module("microscale.ops.prepare")  # beside a function of the same name
 SPANS = {"mxfp4": 14, "mxfp6": 11, "mxfp6_e3m2": 9}
 HOPPER = (9, 0)
 
@@ -86,6 +89,70 @@ def test_layouts_and_axes():
     made = ms.prepare(ms.prepare(q), quantized_activations=True)
     assert made.scale_layout == "strided" and made.meta.exact_rows is True
     assert_same_quantized(made, q)
+
+
+# -- where prepared weights are multiplied -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """Weights here count as those of a GPU whose kernels take them prepared."""
+    monkeypatch.setattr(prepare_module, "decodes_on", lambda device: True)
+
+
+def test_which_devices(monkeypatch):
+    """Blackwell takes scales itself, so weights stay as they are there; so they do on the CPU."""
+    for capability, there in (((7, 5), False), ((8, 0), True), ((8, 9), True), (HOPPER, True), ((10, 0), False),
+                              ((12, 0), False), (None, False)):  # fmt: skip
+        monkeypatch.setattr(library, "capability", lambda device, found=capability: found)
+        assert prepare_module.decodes_on(torch.device("cuda")) is there
+        q = ms.quantize(torch.randn(64, 128), "mxfp4")
+        made = ms.prepare(q, quantized_activations=True)
+        assert (made.scale_layout, made.meta.exact_rows) == ("fragments" if there else "strided", True)
+
+
+def test_both_at_once(on_hopper):
+    """Reordered and looked at, from every layout, once; what is noted is of the values, not of the order."""
+    for span in (3, 20):
+        q = weight("mxfp4", span, rows=64)
+        q = q.replace(scale=q.scale - 20)  # all of it among what bfloat16 holds
+        for given in (q, q.to_layout("swizzle_32_4_4"), ms.prepare(q), noted(q)):
+            made = ms.prepare(given, quantized_activations=True)
+            assert made.scale_layout == "fragments" and made.meta.exact_rows is (span <= 14)
+            assert_same_quantized(made, q)
+            assert ms.prepare(made, quantized_activations=True) is made and ms.prepare(made) is made
+            plain = made.to_layout("strided")
+            assert plain.meta.exact_rows is (span <= 14) and torch.equal(plain.qdata, q.qdata)
+            assert made.t().meta.exact_rows is (span <= 14)
+    for fmt in ("mxfp8", "nvfp4", "mxint8"):
+        made = ms.prepare(ms.quantize(torch.randn(64, 128), fmt), quantized_activations=True)
+        assert made.scale_layout == "fragments" and made.meta.exact_rows is None
+
+
+def test_what_has_no_such_order_stays(on_hopper):
+    """Nothing is refused: sizes, formats, values and blocks along N that the layout is not for."""
+    for q in (
+        weight("mxfp4", 3), ms.quantize(torch.randn(64, 128), "nf4"), ms.quantize(torch.randn(64, 128), "fp8_row"),
+        ms.quantize(torch.full((64, 64), torch.nan), "mxfp4"), weight("mxfp4", 3, rows=64).t(),
+    ):  # fmt: skip
+        made = ms.prepare(q, quantized_activations=True)
+        assert made.scale_layout == "strided" and made.meta.exact_rows == noted(q).meta.exact_rows
+        assert_same_quantized(made, q)
+
+
+def test_it_is_saved_in_the_plain_layout(on_hopper, tmp_path):
+    """Models: what is said of each layer; the checkpoint has the plain bytes, and the note."""
+    layer = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(64, 100))
+    ms.quantize_(layer, "mxfp4_fp8")
+    plain, x = layer[0].weight.detach().clone(), torch.randn(3, 128)
+    with torch.no_grad():
+        first = layer[0](x)
+    assert ms.prepare_(layer) == {"0": "fragments, rows exact in E4M3", "1": "strided, rows exact in E4M3"}
+    assert torch.equal(layer[0](x), first)
+    ms.save(layer, tmp_path / "out", dialect="microscale")
+    found = ms.load(tmp_path / "out", layer)[0].weight
+    assert found.scale_layout == "strided" and found.meta.exact_rows is True
+    assert torch.equal(found.qdata, plain.qdata) and torch.equal(found.scale, plain.scale)
 
 
 # -- it stays with the bytes -------------------------------------------------------------------------------------------

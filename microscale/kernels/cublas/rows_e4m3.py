@@ -3,6 +3,7 @@
 Every row of `a` and every column of `b` becomes E4M3 codes times one power of two (`align_rows`), and cuBLAS (CUTLASS
 below sm_90) multiplies those, with the two powers on its FP32 sums. A row of E4M3 codes that is one block, as FP8 with
 a scale per token is, has that form already and is multiplied as it lies; its FP32 scale is one more factor of the sums.
+A prepared weight becomes the same codes and powers from the order it lies in.
 What differs from the exact product:
 
 operands  An element that ends up below 2**-6 of its row's power of two s loses bits, at most 2**-10 s; s itself is at
@@ -79,7 +80,7 @@ def epilogue_takes(bias: Operand | None) -> bool:
     "span 14), summed by FP8 tensor cores: 13 bits in steps of 32, FP32 every 128; one rounding",
     requires=Requires(
         devices=("cuda",), min_capability=ADA, max_capability=HOPPER, packages=("triton",),
-        layouts=(layout.STRIDED, layout.SWIZZLED),
+        layouts=(*layout.LAYOUTS, layout.FRAGMENTS),
         checks=(
             ("needs both operands block-scaled along the contraction, the second one matrix", blocked_along_k),
             ("needs float elements of 4, 6 or 8 bits that E4M3 can hold, and exponent scales or one scale for each row",

@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from microscale.numerics import bits, codec, layout, packing
+from microscale.numerics import bits, codec, fragments, layout, packing
 from microscale.spec.element import ElementSpec
 from microscale.spec.format import FormatSpec
 
@@ -88,12 +88,14 @@ def align_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (float8_e4m3fn [..., R, columns padded to 16], FP32 row scales [..., R, 1]) of blocks along the last axis.
 
-    qdata uint8 [..., R, bytes] and scale [..., R, blocks] or swizzled blobs as in `dequantize`. NaN blocks (scale
-    255) and codes that are NaN or infinite become NaN; a row of nothing but NaN blocks has the smallest scale. Only
-    elements beyond 448 can saturate, under scales within 2**-8 of the largest there is.
+    qdata uint8 [..., R, bytes] and scale [..., R, blocks], or swizzled blobs, or both in layout fragments, as in
+    `dequantize`. NaN blocks (scale 255) and codes that are NaN or infinite become NaN; a row of nothing but NaN blocks
+    has the smallest scale. Only elements beyond 448 can saturate, under scales within 2**-8 of the largest there is.
     """
     blocks, shape = -(-columns // fmt.block), qdata.shape[:-1]
-    if scale_layout == layout.SWIZZLED:
+    if scale_layout == layout.FRAGMENTS:
+        qdata, scale = fragments.restore(qdata, scale, fmt, columns)
+    elif scale_layout == layout.SWIZZLED:
         scale = layout.unswizzle(scale, shape[-1] if shape else 1, blocks).reshape(*shape, blocks)
     bias, stored = fmt.scale.bias or 0, scale.to(torch.int32)
     nan = stored.eq(fmt.scale.nan_code or 0)

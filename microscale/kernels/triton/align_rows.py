@@ -13,6 +13,7 @@ import torch
 
 from microscale.kernels.reference import align_rows as reference
 from microscale.kernels.triton import properties
+from microscale.kernels.triton.align_fragments import align_fragments
 from microscale.kernels.triton.launch import launch
 from microscale.numerics import layout
 from microscale.spec.format import FormatSpec
@@ -33,8 +34,10 @@ def align_rows(
     """Return (float8_e4m3fn [..., R, columns padded to 16], FP32 [..., R, 1]); arguments as the reference's.
 
     Bit-equal to the reference. Formats are those that the reference's `fits` accepts; qdata and scale are made
-    contiguous if they are not.
+    contiguous if they are not. A matrix in layout `fragments` is for `align_fragments.py`.
     """
+    if scale_layout == layout.FRAGMENTS:
+        return align_fragments(qdata, scale, fmt)
     shape = qdata.shape[:-1]
     width = -(-columns // reference.ALIGN) * reference.ALIGN
     codes = torch.empty((*shape, width), dtype=torch.uint8, device=qdata.device)

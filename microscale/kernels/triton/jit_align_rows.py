@@ -235,3 +235,26 @@ def align_rows(
                 tl.store(place, values, mask=inside[:, None] & (column < width))
             else:
                 tl.store(place, values, mask=(inside & (block < blocks))[:, None])
+
+
+@triton.jit
+def fragment_row_scales(
+    scales, row_scales, steps,
+    SIZE: tl.constexpr, STEPS: tl.constexpr, S_BIAS: tl.constexpr, S_NAN: tl.constexpr, LIFT: tl.constexpr,
+):  # fmt: skip
+    """FP32 scales [N] of rows whose block scales lie in layout `fragments`: [N / 64, steps, SIZE]. A program: 64 rows.
+
+    The scales of a step are [row % 8, block, row // 8]. STEPS are looked at together.
+    """
+    strip = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, SIZE)
+    top = tl.zeros((STEPS, SIZE), tl.int32)
+    for first in range(0, steps, STEPS):
+        step = first + tl.arange(0, STEPS)
+        place = scales + (strip * steps + step)[:, None] * SIZE + lane[None, :]
+        codes = tl.load(place, mask=(step < steps)[:, None], other=0).to(tl.int32)
+        top = tl.maximum(top, tl.where(codes == S_NAN, 0, codes))
+    largest = tl.max(tl.reshape(tl.max(top, 0), (8, SIZE // 64, 8)), 1)
+    exponent = tl.minimum(tl.maximum(largest - S_BIAS - LIFT, _ROW_FLOOR), _ROW_TOP)
+    row = strip * 64 + tl.arange(0, 8)[:, None] + tl.arange(0, 8)[None, :] * 8
+    tl.store(row_scales + row, power_of_two(exponent))
