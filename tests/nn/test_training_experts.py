@@ -1,10 +1,15 @@
 """Experts in training: each is `three_gemm` on its own rows, whatever sizes groups have; nothing mixes two experts."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import microscale as ms
+from microscale import dispatch
 from microscale.errors import InputError
+from microscale.kernels.reference import matmul
+from microscale.kernels.reference.align_rows import fits
 from microscale.nn import GemmState, alignment_of, observe, quantize_experts, three_gemm, three_grouped_gemm
 from microscale.spec.training import LayerGemms
 
@@ -306,3 +311,68 @@ def test_one_scale_for_all_tokens_is_refused():
     spec = ms.find_quantizer("mxfp8").model_copy(update={"format": ms.find_format("mxfp8").variant(block="row")})
     with pytest.raises(InputError, match="one scale for all of them"):
         alignment_of(LayerGemms(wgrad_input=spec))
+
+
+# -- many tokens on Hopper ---------------------------------------------------------------------------------------------
+
+FP8 = "cublas.grouped_rows_e4m3"
+MX = ("mxfp8_train", "mxfp8_train_2d", "mxfp8_train_wgrad_hp", "mxfp4_train", "qat_mxfp4")
+MANY = (300, 0, 200, 1024)
+
+
+def asked(name, monkeypatch):
+    """What fprop and dgrad of a bfloat16 layer ask the dispatcher for, as a call on Hopper."""
+    pytest.importorskip("triton")
+    problems, select = [], dispatch.select_by
+
+    def noted(op, facts, describe, *args):
+        if op == "grouped_matmul":
+            problems.append(dataclasses.replace(describe(*args), device="cuda", capability=(9, 0)))
+        return select(op, facts, describe, *args)
+
+    monkeypatch.setattr(dispatch, "select_by", noted)
+    run(gemms_of(name), *case(MANY, after=12, dtype=torch.bfloat16), MANY)
+    return problems
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_pairs_of_mx_operands_go_to_fp8_tensor_cores(name, monkeypatch):
+    """fprop and dgrad do, the gradient of the weights does not; exact_products keeps them where they were."""
+    g, problems = gemms_of(name), asked(name, monkeypatch)
+    pairs = ((g.fprop_input, g.fprop_weight), (g.dgrad_grad_output, g.dgrad_weight or g.fprop_weight))
+    pairs = [pair for pair in pairs if any(pair)]
+    taken = [all(spec is not None and fits(spec.format) for spec in pair) for pair in pairs]
+    assert [dispatch.explain_problem(p).chosen == FP8 for p in problems] == taken[: len(problems)]
+    assert name not in MX or any(taken)
+    with dispatch.exact_products():
+        assert all(dispatch.explain_problem(p).chosen != FP8 for p in problems)
+
+
+@pytest.mark.parametrize("name", MX)
+@pytest.mark.parametrize("alignment", [1, 4])
+def test_fp8_products_of_training(name, alignment, monkeypatch):
+    """The kernel itself, with torch's function and `align_rows` stood in for: operands lie as they do in training."""
+    pytest.importorskip("triton")
+    from microscale.kernels.cublas import grouped_rows_e4m3, rows_e4m3
+    from microscale.kernels.reference import align_rows as reference
+    from tests.kernels.scaled_grouped_mm_double import GroupedDouble
+
+    g, (x, w, dy) = nearest(gemms_of(name)), case(MANY, after=12, dtype=torch.bfloat16)
+    wanted, double = run(g, x, w, dy, MANY, alignment=alignment), GroupedDouble()
+    monkeypatch.setattr(rows_e4m3, "align_rows", reference.align_rows)
+    monkeypatch.setattr(grouped_rows_e4m3, "scaled_grouped_mm", double)
+    monkeypatch.setattr(grouped_rows_e4m3, "zero_rows_after", lambda out, ends: out[int(ends[-1]) :].zero_())
+    pairs = ((g.fprop_input, g.fprop_weight), (g.dgrad_grad_output, g.dgrad_weight or g.fprop_weight))
+
+    def either(a, b, offsets, out_dtype):
+        both = isinstance(a, matmul.Parts) and isinstance(b, matmul.Parts)
+        kernel = grouped_rows_e4m3.grouped_matmul if both else matmul.grouped_matmul
+        return kernel(a, b, offsets, out_dtype)
+
+    with dispatch.stand_in("grouped_matmul", either):
+        got = run(g, x, w, dy, MANY, alignment=alignment)
+    assert len(double.calls) == sum(all(pair) for pair in pairs) > 0
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == torch.bfloat16 and sqnr(a, b) > 45  # a rounding to bfloat16 apart
+    assert torch.equal(got[2], wanted[2])
+    assert not got[0][sum(MANY) :].any()

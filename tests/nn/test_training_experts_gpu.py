@@ -166,3 +166,79 @@ def test_a_seed_gives_the_same_run_twice():
             optimizer.step()
         runs.append(made.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values(), strict=True))
+
+
+# -- products on FP8 tensor cores, of 512 tokens for each expert and more ----------------------------------------------
+
+
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+
+
+def many(seed=0):
+    """2048 tokens on two of eight experts each, one of which gets none."""
+    scores = torch.rand(2048, 8, generator=torch.Generator().manual_seed(seed))
+    scores[:, 5] = -1
+    return normal(2048, 128, seed=seed).cuda(), scores.topk(2).indices.cuda()
+
+
+@pytest.mark.parametrize(("name", "products"), [("mxfp8_train", 4), ("mxfp8_train_2d", 4), ("mxfp4_train", 4)])
+def test_fp8_products(name, products, monkeypatch):
+    """fprop and dgrad of both layers, and none under exact_products, which the backward obeys too."""
+    hopper()
+    from microscale.kernels.cublas import grouped_rows_e4m3
+
+    calls, product, (x, chosen) = [], grouped_rows_e4m3.scaled_grouped_mm, many()
+    noted = lambda *args, **options: (calls.append(args[0].shape), product(*args, **options))[1]  # noqa: E731
+    monkeypatch.setattr(grouped_rows_e4m3, "scaled_grouped_mm", noted)
+    found = {}
+    for exact in (False, True):
+        made, tokens = layer(name), x.clone().requires_grad_()
+        with ms.exact_products(exact):
+            y = made(tokens, chosen)
+        y.float().square().sum().backward()
+        assert len(calls) == products
+        found[exact] = (y.detach(), tokens.grad, made.up.weight.grad, made.down.weight.grad)
+    assert not found[False][2][5].any()
+    for got, wanted in zip(found[False], found[True], strict=True):
+        error = (got.double() - wanted.double()).norm() / wanted.double().norm()
+        assert bool(got.isfinite().all()) and float(error) < 5e-2  # what differs in h is quantized anew
+
+
+@pytest.mark.parametrize("alignment", [1, 32])
+def test_fp8_products_wait_for_nothing_and_are_captured(alignment):
+    """One graph for all routes of the tokens, with the bits of eager steps."""
+    hopper()
+    g, w = gemms_of("mxfp8_train"), normal(8, 256, 128, seed=1).cuda().requires_grad_()
+    batches = [many(seed) for seed in range(3)]
+    x, chosen = (t.clone() for t in batches[0])
+
+    def step(x, chosen):
+        groups, w.grad = TokenGroups.of(chosen, 8, alignment), None
+        rows = groups.permute(x).requires_grad_()
+        state = GemmState(seed)
+        y = three_grouped_gemm(rows, w, groups.offsets, g, state, alignment=alignment)
+        y.backward(y.detach())
+        return y.detach(), rows.grad, w.grad
+
+    seed = torch.tensor([5, 8], device="cuda")
+    eager = [[t.clone() for t in step(*made)] for made in batches]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(x, chosen)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(x, chosen)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(x, chosen)
+    for made, wanted in zip(batches, eager, strict=True):
+        x.copy_(made[0]), chosen.copy_(made[1])
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, wanted, strict=True))

@@ -1,5 +1,5 @@
 """The cuBLAS backend: products of what torch's own matmul cannot multiply. Importing it registers the kernels."""
 
-from microscale.kernels.cublas import rows_e4m3, scaled_mm, two_pass
+from microscale.kernels.cublas import grouped_rows_e4m3, rows_e4m3, scaled_mm, two_pass
 
-__all__ = ["rows_e4m3", "scaled_mm", "two_pass"]
+__all__ = ["grouped_rows_e4m3", "rows_e4m3", "scaled_mm", "two_pass"]

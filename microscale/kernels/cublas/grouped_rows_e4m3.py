@@ -1,0 +1,92 @@
+"""Two MX operands on the FP8 tensor cores of sm_90, by experts: `rows_e4m3` for tokens sorted by expert.
+
+Every token's row and every column of every expert's matrix becomes E4M3 codes times one power of two, or has that form
+already (FP8 with a scale per token). torch's grouped product (CUTLASS; cuBLAS has none for this) multiplies those by
+groups, with the two powers on its FP32 sums. What differs from the exact product is what `rows_e4m3` says: elements far
+below their row's largest, and sums of FP8 tensor cores, which go into FP32 every 128 along K (`use_fast_accum=False`).
+So the kernel is not exact, and `exact_products()` keeps it out.
+
+Outer scales are constant along K here, so they join the FP32 scales of rows. The ends of the groups stay on the device:
+torch's kernel makes each group's problem there. It leaves rows after the last end as they were in memory, which are set
+to zero behind it. Memory beside the result: one byte for each element of both operands.
+
+The gradient of the weights, whose contraction runs along the tokens, does not go this way: torch's function for it
+stops the device at a group without tokens, and scales would be needed for each column of each group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import ScalingType, scaled_grouped_mm  # type: ignore[attr-defined]  # its stubs lack it
+
+from microscale.dispatch import Operand, Problem, Requires, kernel
+from microscale.kernels.cublas.rows_e4m3 import HOPPER, MULTIPLE, _rows, _takes
+from microscale.kernels.reference.matmul import Operand as Value
+from microscale.kernels.reference.matmul import Parts
+from microscale.kernels.triton.rows_after import zero_rows_after
+from microscale.numerics import layout
+
+# Tokens for each expert from which it pays. Encoding a weight anew moves 2.03 bytes for 8 bits and 1.53 for 4, which at
+# 4.2 TB/s takes 0.48 and 0.36 ps, whatever tokens there are. Each token then takes 2.1 fs at 950 TFLOP/s, what FP8 sums
+# that go into FP32 may reach, and not 3 fs as by `triton.grouped_wgmma` (675 TFLOP/s on an H200, 8 experts of 14336 x
+# 4096): 400 to 550 tokens. A power of two, and both numbers are rounded up to one: selections are cached by that.
+MANY = 512
+MOST_EXPERTS = 512  # torch takes up to 1023; the power of two below
+
+
+def blocked_along_k(problem: Problem) -> bool:
+    """Return True for tokens [T, K] and matrices [E, K, N] that are both stored in blocks along the contraction."""
+    first, second = problem.operands
+    return _is_blocked(first, -1, 2) and _is_blocked(second, -2, 3)
+
+
+def _is_blocked(operand: Operand, axis: int, dims: int) -> bool:
+    return operand.format is not None and operand.axis == axis and len(operand.shape) == dims
+
+
+def many_tokens(problem: Problem) -> bool:
+    """Return True if there are MANY tokens for each expert, both numbers rounded up to powers of two."""
+    tokens, experts = (max(o.shape[0] - 1, 0).bit_length() for o in problem.operands)
+    return tokens - experts >= MANY.bit_length() - 1
+
+
+@kernel(
+    "grouped_matmul", "cublas.grouped_rows_e4m3", priority=40, native=("cuda",), exact=False,
+    bound="operands to 2**-10 of a power of two per row (1e-5 of an MX product; E2M1 exact while a row's exponents "
+    "span 14), summed by FP8 tensor cores: 13 bits in steps of 32, FP32 every 128; one rounding",
+    requires=Requires(
+        devices=("cuda",), min_capability=HOPPER, max_capability=HOPPER, packages=("triton",),
+        layouts=(layout.STRIDED, layout.SWIZZLED),
+        checks=(
+            ("needs tokens and one matrix for each expert, both block-scaled along the contraction", blocked_along_k),
+            ("needs float elements of 4, 6 or 8 bits that E4M3 can hold, and exponent scales or one scale for each row",
+             lambda p: all(map(_takes, p.operands))),
+            ("needs rows that E4M3 holds exactly, and `prepare` found that this weight has others",
+             lambda p: all(o.exact_rows is not False for o in p.operands)),
+            ("needs bfloat16 output", lambda p: p.out_dtype == "bfloat16"),
+            (f"needs columns in multiples of {MULTIPLE}", lambda p: p.operands[1].shape[-1] % MULTIPLE == 0),
+            (f"needs at most {MOST_EXPERTS} experts", lambda p: 0 < p.operands[1].shape[0] <= MOST_EXPERTS),
+            (f"needs {MANY} tokens for each expert, or weights are read more often than it saves", many_tokens),
+        ),
+    ),
+)  # fmt: skip
+def grouped_matmul(a: Value, b: Value, offsets: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """Return rows of a [T, K] times their expert's matrix of b [E, K, N], bfloat16; how near: `rows_e4m3`.
+
+    Arguments as `reference.grouped_matmul`.
+    """
+    assert isinstance(a, Parts) and isinstance(b, Parts)
+    tokens, (experts, _, columns) = a.qdata.shape[0], b.qdata.shape
+    if not (tokens and experts and columns and a.size):
+        return torch.zeros(tokens, columns, dtype=out_dtype, device=a.qdata.device)
+    codes, scale = _rows(a, a.qdata, a.scale, a.outer_scale)
+    turned = b.outer_scale.mT if b.outer_scale is not None and b.outer_scale.dim() else b.outer_scale
+    b_codes, b_scale = _rows(b, b.qdata.mT, b.scale if b.layout == layout.SWIZZLED else b.scale.mT, turned)
+    offsets = offsets.contiguous()  # torch reads it as if it were
+    out = scaled_grouped_mm(
+        codes, b_codes.mT, scale.reshape(tokens).contiguous(), ScalingType.RowWise,
+        b_scale.reshape(experts, columns).contiguous(), ScalingType.RowWise,
+        offs=offsets, output_dtype=out_dtype, use_fast_accum=False,
+    )  # fmt: skip
+    zero_rows_after(out, offsets)
+    return out
