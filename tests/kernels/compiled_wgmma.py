@@ -19,7 +19,7 @@ from tests.kernels.compiled_grouped import instructions, loop
 from tests.kernels.wgmma_hazards import hazards, machine_code
 
 POINTERS = {"a_outer": "*fp32", "b_outer": "*fp32", "bias": "*bf16", "offsets": "*i32"}
-FORMATS = ("mxfp4", "nvfp4", "mxfp8", "mxfp8_e5m2", "mxint8", "nvint4", "fp8_block128", "nf4")
+FORMATS = ("mxfp4", "nvfp4", "mxfp6", "mxfp6_e3m2", "mxfp8", "mxfp8_e5m2", "mxint8", "nvint4", "fp8_block128", "nf4")
 
 
 def compiled(name, tile, out="bf16", by_group=True, splits=1, bias=False, swizzle=False):
@@ -29,16 +29,21 @@ def compiled(name, tile, out="bf16", by_group=True, splits=1, bias=False, swizzl
     known = wgmma.constants(
         fmt, tile, 32, splits, by_group, (False, fmt.outer_scale is not None, bias), swizzle
     )  # fmt: skip
-    x_layout, code_layout = wgmma.layouts(fmt, tile)
-    pairs = "i16" if fmt.element.width == 8 else "u8"
+    x_layout, *code_layouts = wgmma.layouts(fmt, tile)
+    unit = {4: "u8", 6: "i32", 8: "i16"}[fmt.element.width]
     types = POINTERS | {"scales": "*fp32" if wide else "*u8", "out": f"*{out}"}
     types["x"] = f"tensordesc<bf16[{tile.rows}, {tile.depth}],{x_layout!r}>"
-    types["codes"] = f"tensordesc<{pairs}[{wgmma.COLUMNS}, {tile.depth // 2}],{code_layout!r}>"
-    kernel = jit_wgmma.multiply_codes
+    kernel, known = jit_wgmma.multiply_codes, dict(known)
+    limit = {"maxnreg": known.pop("maxnreg")} if "maxnreg" in known else {}
+    for n, box, layout in zip(("codes", "rest"), wgmma.boxes(fmt, tile), code_layouts, strict=True):
+        if box is None:
+            known[n] = None
+        else:
+            types[n] = f"tensordesc<{unit}{box},{layout!r}>"
     signature = {n: "constexpr" if n in known else types.get(n, "i32") for n in kernel.arg_names}
-    plain = [i for i, n in enumerate(kernel.arg_names) if n not in known and n not in ("x", "codes")]
+    plain = [i for i, n in enumerate(kernel.arg_names) if n not in known and n not in ("x", "codes", "rest")]
     source = GluonASTSource(kernel, signature, dict(known), {(i,): [["tt.divisibility", 16]] for i in plain})
-    options = {"num_warps": wgmma.WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": wgmma.WARPS, "enable_fp_fusion": False} | limit
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     sass, said = machine_code(made)
     names = [n for _, n, _ in instructions(sass)]

@@ -7,8 +7,8 @@ import torch
 pytest.importorskip("triton")
 import microscale as ms
 from microscale import dispatch
-from microscale.kernels.triton import ptx_pairs, wgmma
-from microscale.numerics import codec
+from microscale.kernels.triton import ptx_pairs, ptx_sixes, wgmma
+from microscale.numerics import codec, packing
 from microscale.testing import assert_same_bits
 from tests.kernels import ptx_emulator
 from tests.kernels.processes import lines
@@ -21,10 +21,7 @@ FORMATS = [f for f in ms.list_formats() if wgmma._has_codes(ms.find_format(f))]
 
 
 def test_which_formats_are_taken():
-    assert {"mxfp4", "mxfp8", "mxfp8_e5m2", "mxint8", "mxint4", "nvfp4", "nvint4", "fp8_block128", "nf4"} <= set(
-        FORMATS
-    )
-    assert not {"mxfp6", "mxfp6_e3m2"} & set(FORMATS)
+    assert set(ms.list_formats()) - set(FORMATS) == {"fp8_row"}
 
 
 def run(assembly: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -97,6 +94,11 @@ def test_every_pair_is_decoded(name):
     width, table = fmt.element.width, codec.decode_table(fmt.element, torch.device("cpu")).numpy()
     pairs = np.arange(2 ** (2 * width), dtype=np.uint32)
     first, second = table[pairs & (2**width - 1)], table[pairs >> width]
+    if width == 6:  # as they come out of `ptx_sixes.gather`; in every lane and place: `test_sixes.py`
+        zero = np.zeros_like(pairs)
+        given = {"$2": pairs, "$3": zero, "$4": zero, "$5": zero + 0x1010, "$6": zero + 0x3232}
+        given["$7"] = zero + (1 << ptx_sixes.base(fmt.element))
+        pairs = run(ptx_sixes.gather(fmt.element), given)["$0"]
     if fmt.element.kind == "codebook":
         made = run(ptx_pairs.look_up(fmt.element), {"$4": pairs})
         for high, low, wanted in (("$0", "$2", first), ("$1", "$3", second)):
@@ -133,10 +135,16 @@ class Model:
             total = parts.double().sum(0) * (outer if known["OUTER"] else 1) + (bias if known["BIAS"] else 0)
             out.copy_(total.view(-1, columns))
             return
-        assert len(args) + len(known) == len(kernel.arg_names) and warps == known["WARPS"]
+        assert [*kernel.arg_names[len(args) :]] == [n for n in known if n != "maxnreg"] and warps == known["WARPS"]
+        assert known.get("maxnreg", 256) * 32 * warps <= wgmma.REGISTERS
         given = dict(zip(kernel.arg_names, args, strict=False))
         self.calls.append((grid, given, known))
         x, out, rows = given["x"], given["out"], given["rows"]
+        for block in (given["codes"], given["rest"]):
+            if block is not None:
+                assert block.base is given["codes"].base and block.block_shape[0] == known["BN"]
+                line = block.block_shape[1] * block.base.element_size()
+                assert line % 16 == 0 and block.layout.swizzle_byte_width in (line, 128, 0 if line < 32 else line)
         assert x.strides[0] * 2 % 16 == 0 and given["codes"].strides[0] * given["codes"].base.element_size() % 16 == 0
         ends = given["offsets"].tolist() if known["GROUPED"] else [rows]
         steps, splits = given["size"] // known["BK"], known["SPLITS"]
@@ -163,9 +171,10 @@ class Model:
         """A group's matrix, FP64, its scales looked up as the kernel does."""
         columns, block = given["columns"], known["BLOCK"]
         pairs = given["codes"].base[group * columns : (group + 1) * columns].contiguous()
-        codes = pairs.view(torch.uint8).int()
-        if pairs.dtype == torch.uint8:
-            codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+        width = self.format.element.width
+        read = sum(t.block_shape[1] * pairs.element_size() for t in (given["codes"], given["rest"]) if t is not None)
+        assert read * 8 == known["BK"] * width
+        codes = packing.unpack(pairs.view(torch.uint8), width)
         n, b = torch.arange(columns)[:, None], torch.arange(given["blocks"])[None, :]
         if known["SWIZZLE"]:
             at = (n >> 7) * given["scale_row"] + (n & 31) * 16 + ((n >> 5) & 3) * 4 + (b >> 2) * 512 + (b & 3)
@@ -187,7 +196,7 @@ def weights(shape, name, device="cpu"):
     return ms.quantize(w, name)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "nvfp4", "nvfp4_row", "fp8_block128", "nf4"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp6", "mxfp8", "nvfp4", "nvfp4_row", "fp8_block128", "nf4"])
 @pytest.mark.parametrize("way", ["plain", "swizzle_32_4_4"])
 def test_launches_describe_the_operands(name, way, monkeypatch):
     """Strides, layouts of scales, outer scales, bias, parts of K, ends past each other, memory that is not dense."""
@@ -251,9 +260,9 @@ def test_it_is_chosen_on_hopper():
 
 
 def test_refusals_say_why():
-    x, w = operand((256, 4096)), operand((4096, 1024), "mxfp6")
+    x, w = operand((256, 4096)), operand((4096, 1024), "fp8_row")
     for a, b, why in (
-        (x, w, "4- or 8-bit codes"),
+        (x, w, "4-, 6- or 8-bit codes"),
         (operand((256, 96)), operand((96, 1024), "mxfp8"), "whole steps"),
         (operand((256, 128)), operand((128, 1024), "nf4"), "at least 256"),
         (x, operand((4096, 1024), "nvfp4", outer="mixed"), "the same all along K"),
@@ -266,14 +275,18 @@ def test_refusals_say_why():
 # -- compiled ----------------------------------------------------------------------------------------------------------
 
 
+INSTRUCTIONS = {"mxint8": 290, "mxfp8": 260, "mxfp4": 270, "nf4": 650}  # of a warp for 64 of K, at most
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp8", "mxint8", "fp8_block128", "nf4"])
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp6", "mxfp6_e3m2", "mxfp8", "mxint8", "fp8_block128", "nf4"])
 def test_what_compiles_spills_nothing_and_overlaps(name):
     rows = lines("tests.kernels.compiled_wgmma", name)
     assert len(rows) >= 4
+    most = INSTRUCTIONS.get(name, 330)
     for row in rows:
         assert row["local"] == 0 and not row["serialized"] and not row["hazards"] and row["shared"] <= 227 << 10, row
-        assert row["mma"] and row["copies"], row
+        assert row["mma"] and row["copies"] and row["loop"] * 64 <= most * row["tile"][1], row
         assert row["registers"] * row["tile"][3] <= 256 or row["out"] == "fp32", row
 
 
@@ -335,19 +348,46 @@ def with_tile(tile, args):
         return wgmma.grouped_matmul(*args)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not hopper(), reason="needs compute capability 9.0")
-@pytest.mark.parametrize("name", ["mxfp8", "mxfp8_e5m2", "nf4", "fp8_block128"])
-def test_what_is_not_finite_stays_so(name):
-    x = torch.randn(20, 512, device="cuda").bfloat16()
-    q = weights((64, 512), name, "cuda")
-    x[3, 7], x[4, 9] = torch.nan, torch.inf
-    if name != "nf4":
+def not_finite(name, device):
+    """x [20, 512] with NaN and infinity, and a matrix with NaN where its format has it."""
+    x, q = torch.randn(20, 512, device=device).bfloat16(), weights((64, 512), name, device)
+    x[3, 7], x[4, 9], x[5, 70], x[5, 300] = torch.nan, torch.inf, -torch.inf, torch.inf
+    if q.format.element.nan != "none":
         q.qdata[5, 100] = 0x7F
     if q.scale.dtype == torch.float32:
         q.scale[9, 1] = torch.nan
-    got = wgmma.matmul(x, parts(q.mT), None, torch.float32)
+    elif q.format.scale.exponent_only:
+        q.scale[9, 1] = 0xFF
+    return x, q
+
+
+def check_not_finite(got, x, q):
+    """NaN and infinity as exact products have them, and what is finite within the bound."""
     wanted = x.double() @ q.dequantize(torch.float32).double().T
-    assert torch.equal(got.isnan(), wanted.isnan())
-    finite = wanted.isfinite()
-    torch.testing.assert_close(got.double()[finite], wanted[finite], rtol=1e-4, atol=1e-4)
+    assert torch.equal(got.isnan(), wanted.isnan()) and not got[3].isfinite().any()
+    infinite = wanted.isinf()
+    assert infinite.any() and torch.equal(got.double()[infinite], wanted[infinite])
+    whole = wanted.isfinite()
+    rows, columns = whole.any(1), whole.any(0)
+    assert torch.equal(got.isfinite(), whole) and torch.equal(whole, rows[:, None] & columns)
+    check(got[rows][:, columns], x[rows], q.dequantize(torch.float32)[columns].mT)
+
+
+def test_parts_of_tables_keep_infinity():
+    """The kernel's arithmetic: products with the low and the high parts of values, then scales, sums in FP32."""
+    x, q = not_finite("nf4", "cpu")
+    tables = [torch.from_numpy(bfloat16(np.array(bits, np.uint32))) for bits in ptx_pairs.parts(q.format.element)]
+    codes, block, acc = packing.unpack(q.qdata, 4).long(), q.format.block, torch.zeros(20, 64)
+    for step in range(512 // block):
+        part = slice(step * block, (step + 1) * block)
+        high, low = (x[:, part].float() @ table[codes[:, part]].T for table in tables)
+        acc = acc + (low + high) * q.scale[:, step]
+    check_not_finite(acc, x, q)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hopper(), reason="needs compute capability 9.0")
+@pytest.mark.parametrize("name", ["mxfp6", "mxfp8", "mxfp8_e5m2", "nf4", "fp8_block128"])
+def test_what_is_not_finite_stays_so(name):
+    x, q = not_finite(name, "cuda")
+    check_not_finite(wgmma.matmul(x, parts(q.mT), None, torch.float32), x, q)

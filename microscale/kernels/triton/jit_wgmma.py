@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from microscale.kernels.triton import jit_sixes
 from microscale.kernels.triton.gluon_names import together
 
 # -- who has what ------------------------------------------------------------------------------------------------------
@@ -106,14 +107,32 @@ def _place(
 
 
 @gluon.jit
-def _fetch(x, codes, full, x_stages, code_stages, stage, row, code_row, step, wanted):
-    """Have the copy engine fill a stage, if that is wanted."""
+def _fetch(x, codes, rest, full, x_stages, code_stages, rest_stages, stage, row, code_row, step, wanted):
+    """Have the copy engine fill a stage, if that is wanted. `rest`: what of a row follows after `codes`, or None."""
     bar = full.index(stage)
-    mbarrier.expect(bar, x.block_type.nbytes + codes.block_type.nbytes, pred=wanted)
     depth: gl.constexpr = x.block_type.shape[1]
-    pairs: gl.constexpr = codes.block_type.shape[1]
+    first: gl.constexpr = codes.block_type.shape[1]
+    if rest is None:
+        mbarrier.expect(bar, x.block_type.nbytes + codes.block_type.nbytes, pred=wanted)
+        at = step * first
+    else:
+        both: gl.constexpr = codes.block_type.nbytes + rest.block_type.nbytes
+        mbarrier.expect(bar, x.block_type.nbytes + both, pred=wanted)
+        at = step * (first + rest.block_type.shape[1])
+        tma.async_copy_global_to_shared(rest, [code_row, at + first], bar, rest_stages.index(stage), pred=wanted)
     tma.async_copy_global_to_shared(x, [row, step * depth], bar, x_stages.index(stage), pred=wanted)
-    tma.async_copy_global_to_shared(codes, [code_row, step * pairs], bar, code_stages.index(stage), pred=wanted)
+    tma.async_copy_global_to_shared(codes, [code_row, at], bar, code_stages.index(stage), pred=wanted)
+
+
+@gluon.jit
+def _pairs(
+    codes, rest, lanes, stage, PAIRS: gl.constexpr, WARPS: gl.constexpr, GATHER: gl.constexpr, GATHER_IN: gl.constexpr
+):
+    """The pairs of codes of a stage, brought together by GATHER where `rest` has some of them."""
+    if rest is None:
+        return codes.index(stage).load(PAIRS)
+    else:
+        return jit_sixes.pairs_of(codes.index(stage), rest.index(stage), lanes, PAIRS, WARPS, GATHER, GATHER_IN)
 
 
 @gluon.jit
@@ -232,18 +251,19 @@ def _zero_rest(out, offsets, groups, rows, columns, WARPS: gl.constexpr):
 
 @gluon.jit
 def multiply_codes(
-    x, codes, scales, a_outer, b_outer, bias, offsets, out, rows, columns, size, groups, blocks, scale_group, scale_row,
-    a_outer_row, b_outer_group, b_outer_column,
+    x, codes, rest, scales, a_outer, b_outer, bias, offsets, out, rows, columns, size, groups, blocks, scale_group,
+    scale_row, a_outer_row, b_outer_group, b_outer_column,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
     BAND: gl.constexpr, LANES: gl.constexpr, SPLITS: gl.constexpr, GROUPED: gl.constexpr, BLOCK: gl.constexpr,
     SWIZZLE: gl.constexpr, WIDE: gl.constexpr, A_OUTER: gl.constexpr, B_OUTER: gl.constexpr, BIAS: gl.constexpr,
     TABLE: gl.constexpr, DECODE: gl.constexpr, DECODE_IN: gl.constexpr, SCALE: gl.constexpr, SCALE_IN: gl.constexpr,
+    GATHER: gl.constexpr, GATHER_IN: gl.constexpr, BASE: gl.constexpr,
 ):  # fmt: skip
     """out [SPLITS, rows, columns] = x [rows, size] times a matrix of codes [groups * columns, pairs], by group of rows.
 
-    x, codes: descriptors. WIDE: scales are FP32, and multiply what a step of BK sums up; then BK divides BLOCK. Else
-    they multiply the values, and BLOCK divides BK. TABLE: a value is the sum of two bfloat16. Every part of K has at
-    least STAGES - 1 steps.
+    x, codes, rest: descriptors; rest is None unless pairs are to be gathered, see `jit_sixes.py`. WIDE: scales are
+    FP32, and multiply what a step of BK sums up; then BK divides BLOCK. Else they multiply the values, and BLOCK
+    divides BK. TABLE: a value is the sum of two bfloat16. Every part of K has at least STAGES - 1 steps.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -253,7 +273,11 @@ def multiply_codes(
     else:
         SCALED: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, _blocks_layout(BN, BK, BLOCK, WARPS)))
     x_stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], x.layout)
-    code_stages = gl.allocate_shared_memory(codes.dtype, [STAGES, BN, BK // 2], codes.layout)
+    code_stages = gl.allocate_shared_memory(codes.dtype, [STAGES, BN, codes.block_type.shape[1]], codes.layout)
+    rest_stages, lanes = None, None
+    if rest is not None:
+        rest_stages = gl.allocate_shared_memory(rest.dtype, [STAGES, BN, rest.block_type.shape[1]], rest.layout)
+        lanes = jit_sixes.lanes_of(BN, WARPS, BASE)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
@@ -270,7 +294,10 @@ def multiply_codes(
     )
     for ready in gl.static_range(STAGES - 1):
         wanted = (tile < total) & (ready < count)
-        _fetch(x, codes, full, x_stages, code_stages, ready, row, group * columns + column, first + ready, wanted)
+        _fetch(
+            x, codes, rest, full, x_stages, code_stages, rest_stages, ready, row, group * columns + column,
+            first + ready, wanted,
+        )  # fmt: skip
     stage, phase = 0, 0
     for tile in range(gl.program_id(0), total, programs):
         following = tile + programs
@@ -284,8 +311,8 @@ def multiply_codes(
         scale = _load_scales(scale_rows, first, blocks, BK, BLOCK, SWIZZLE, WIDE)
         mbarrier.wait(full.index(stage), phase)
         values = _decode(
-            code_stages.index(stage).load(PAIRS), scale, first, OPERAND, BLOCK, WARPS, TABLE, DECODE, DECODE_IN, SCALE,
-            SCALE_IN,
+            _pairs(code_stages, rest_stages, lanes, stage, PAIRS, WARPS, GATHER, GATHER_IN), scale, first, OPERAND,
+            BLOCK, WARPS, TABLE, DECODE, DECODE_IN, SCALE, SCALE_IN,
         )  # fmt: skip
         ahead = _load_scales(scale_rows, first + 1, blocks, BK, BLOCK, SWIZZLE, WIDE)
         for i in range(count):
@@ -295,8 +322,8 @@ def multiply_codes(
             left = i + (STAGES - 1) - count
             here = left < 0
             _fetch(
-                x, codes, full, x_stages, code_stages, gl.where(stage == 0, STAGES - 1, stage - 1),
-                gl.where(here, row, next_row),
+                x, codes, rest, full, x_stages, code_stages, rest_stages,
+                gl.where(stage == 0, STAGES - 1, stage - 1), gl.where(here, row, next_row),
                 gl.where(here, group * columns + column, next_group * columns + next_column),
                 gl.where(here, first + i + (STAGES - 1), next_first + left), here | (following < total),
             )  # fmt: skip
@@ -304,8 +331,8 @@ def multiply_codes(
             stage, phase = gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
             mbarrier.wait(full.index(stage), phase, pred=i + 1 < count)
             after = _decode(
-                code_stages.index(stage).load(PAIRS), ahead, first + i + 1, OPERAND, BLOCK, WARPS, TABLE, DECODE,
-                DECODE_IN, SCALE, SCALE_IN,
+                _pairs(code_stages, rest_stages, lanes, stage, PAIRS, WARPS, GATHER, GATHER_IN), ahead, first + i + 1,
+                OPERAND, BLOCK, WARPS, TABLE, DECODE, DECODE_IN, SCALE, SCALE_IN,
             )  # fmt: skip
             further = _load_scales(scale_rows, first + i + 2, blocks, BK, BLOCK, SWIZZLE, WIDE)
             sums = warpgroup_mma_wait(0, deps=(token,) + values)[0]

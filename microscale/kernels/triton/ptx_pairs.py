@@ -1,4 +1,4 @@
-"""PTX that decodes two neighbouring codes of 4 or 8 bits to a pair of bfloat16, made from the properties of a format.
+"""PTX that decodes two neighbouring codes of 4 to 8 bits to a pair of bfloat16, made from the properties of a format.
 
 Its registers are those that `wgmma` takes as the left operand, so nothing moves between decoding and multiplying. For
 one pair of 4-bit floats: two multiplications that spread the codes over the halves of a word, two masks, the power of
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 
+from microscale.kernels.triton import ptx_sixes
 from microscale.kernels.triton.properties import is_fp8
 from microscale.spec.element import ElementSpec
 from microscale.spec.format import FormatSpec
@@ -28,10 +29,15 @@ _NAN = "0x7FC0"
 def has_pairs(element: ElementSpec) -> bool:
     """Return True for elements of which `pair` decodes two."""
     if element.kind == "int":
-        return element.width in (4, 8) and element.fraction is not None and element.fraction <= MOST_FRACTION
+        return (
+            element.width in (4, ptx_sixes.WIDTH, 8)
+            and element.fraction is not None
+            and element.fraction <= MOST_FRACTION
+        )
     if element.kind != "float" or not element.sign or not element.subnormals:
         return False
-    return is_fp8(element) or (element.width == 4 and element.nan == "none" and not element.inf and _fits(element))
+    small = element.width in (4, ptx_sixes.WIDTH) and element.nan == "none" and not element.inf and _fits(element)
+    return small or is_fp8(element)
 
 
 def has_scale(scale: ElementSpec) -> bool:
@@ -101,14 +107,15 @@ def _block(lines: list[str]) -> str:
 def pair(element: ElementSpec, scaled: bool) -> str:
     """Return assembly that decodes the codes at the bottom of $2 to the bfloat16 halves $0 and $1.
 
-    `scaled`: times the pair $3; then integers count as whole numbers here, see `lift`.
+    Those of 6 bits are in its halves, as `ptx_sixes.gather` leaves them. `scaled`: times the pair $3; then integers
+    count as whole numbers here, see `lift`.
     """
     lines = [".reg .b32 t, u, v", f"mov.b32 zero, {_NOTHING}"]
     if element.kind == "int":
         lines += _integers(element.width)
         power = 0 if scaled else lift(element)
-    elif element.width == 4:
-        lines += _small_floats(element)
+    elif element.width < 8:
+        lines += ["mov.b32 u, $2"] if element.width == ptx_sixes.WIDTH else _small_floats(element)
         power = TOP - (element.bias or 0)
     else:
         lines += _fp8(element)
@@ -132,9 +139,9 @@ def _small_floats(element: ElementSpec) -> list[str]:
 def _integers(width: int) -> list[str]:
     """128 + the bits below the sign, less 128 or, where the sign is set, more: exact in bfloat16."""
     sign = 1 << (width - 1)
-    spread = ["mul.lo.u32 t, $2, 0x00001001"] if width == 4 else ["prmt.b32 t, $2, 0, 0x4140"]
+    spread = {4: "mul.lo.u32 t, $2, 0x00001001", ptx_sixes.WIDTH: "mov.b32 t, $2", 8: "prmt.b32 t, $2, 0, 0x4140"}
     return [
-        *spread,
+        spread[width],
         f"and.b32 v, t, 0x{sign * 0x10001:08X}", "or.b32 v, v, 0x43004300",
         f"and.b32 u, t, 0x{(sign - 1) * 0x10001:08X}", "or.b32 u, u, 0x43004300",
         "mov.b32 factor, 0xBF80BF80", "fma.rn.bf16x2 u, v, factor, u",

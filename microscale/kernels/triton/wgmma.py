@@ -4,7 +4,8 @@ Fused, because decoding beforehand writes and reads 2 bytes for each weight, whi
 does not pay for: 8 experts of 14336 x 4096 with 512 rows each take 285 us to decode from 4 bits, and 604 us to
 multiply. Here the matrix is the left operand, which wgmma takes from registers, so decoded values never leave them: 128
 columns of the product by up to 256 rows, for which 64 of K take the tensor cores 1024 cycles, and decoding them some
-540 issue slots of each scheduler at the same time (`jit_wgmma.py`, `ptx_pairs.py`).
+540 issue slots of each scheduler at the same time (`jit_wgmma.py`, `ptx_pairs.py`). Pairs of 4 or 8 bits are loaded
+as such from shared memory; those of 6 bits are cut out of words, which takes a quarter more (`ptx_sixes.py`).
 
 Scales that leave values exact in bfloat16 multiply the values. FP32 scales do not; they multiply FP32 sums, one for
 each step of 64 or 128 along K, which are then added up in FP32. Errors, S being the sum of |a| |b| over K:
@@ -30,7 +31,7 @@ import torch
 from microscale.dispatch import Operand, Problem, Requires, kernel
 from microscale.kernels.cublas.exact import BFLOAT16_BITS, significant_bits
 from microscale.kernels.reference.matmul import Parts
-from microscale.kernels.triton import properties, ptx_pairs
+from microscale.kernels.triton import properties, ptx_pairs, ptx_sixes
 from microscale.kernels.triton.grouped import BOUND, Outers, spread, values_of
 from microscale.kernels.triton.launch import launch
 from microscale.numerics import layout
@@ -40,6 +41,8 @@ DEEP = 256  # K from which FP32 scales are taken, see above
 MOST_ROWS = 1024  # of x up to which a dense product is not decoded beforehand, where that is exact
 COLUMNS, WARPS = 128, 8  # of a tile; of a program
 SHARED = 200 << 10  # bytes of shared memory for stages, of 227 KiB; the rest is for results on their way out
+UNITS = {4: torch.uint8, 6: torch.int32, 8: torch.int16}  # of codes for the copy engine, by their bits
+REGISTERS = 65536  # of an SM
 BAND = 8  # tiles of rows that go through the columns together
 
 
@@ -92,8 +95,8 @@ def _requires(dims: int, *checks: tuple[str, Callable[[Problem], bool]]) -> Requ
         devices=("cuda",), min_capability=(9, 0), max_capability=(9, 0), dtypes=("bfloat16",), layouts=layout.LAYOUTS,
         packages=("triton",),
         checks=(
-            ("needs a block-scaled b, its blocks along K, of 4- or 8-bit codes that bfloat16 holds, times their scale "
-             "or before an FP32 one", lambda p: _is_matrix(p.operands[1], dims)),
+            ("needs a block-scaled b, its blocks along K, of 4-, 6- or 8-bit codes that bfloat16 holds, times "
+             "their scale or before an FP32 one", lambda p: _is_matrix(p.operands[1], dims)),
             ("needs a K in whole steps of 64 and four scales, and at least 256 for FP32 scales",
              lambda p: _is_deep(p.operands[1])),
             ("needs outer scales that are the same all along K", lambda p: all(o.outer != "mixed" for o in p.operands)),
@@ -218,28 +221,37 @@ def _scales(t: torch.Tensor) -> torch.Tensor:
     return t if fits and t.data_ptr() % 4 == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
-def _descriptors(x: torch.Tensor, codes: torch.Tensor, fmt: FormatSpec, tile: Tile) -> tuple[Any, Any]:
-    """What the copy engine takes of x [T, K], and of codes [E, N, bytes] as pairs [E * N, K / 2]."""
+def _descriptors(x: torch.Tensor, codes: torch.Tensor, fmt: FormatSpec, tile: Tile) -> tuple[Any, ...]:
+    """What the copy engine takes of x [T, K], and of codes [E, N, bytes] as pairs [E * N, K / 2] or as words."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    x_layout, codes_layout = layouts(fmt, tile)
+    x_layout, *code_layouts = layouts(fmt, tile)
     experts, columns, _ = codes.shape
     row = codes.stride(1)
-    pairs = codes.as_strided((experts * columns, codes.shape[2]), (row, 1))
-    pairs = pairs if fmt.element.width == 4 else pairs.view(torch.int16)
-    return (
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.rows, tile.depth], x_layout),
-        TensorDescriptor(pairs, list(pairs.shape), list(pairs.stride()), [COLUMNS, tile.depth // 2], codes_layout),
+    units = codes.as_strided((experts * columns, codes.shape[2]), (row, 1)).view(UNITS[fmt.element.width])
+    blocks = (
+        block and TensorDescriptor(units, list(units.shape), list(units.stride()), block, its_layout)
+        for block, its_layout in zip(boxes(fmt, tile), code_layouts, strict=True)
     )
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.rows, tile.depth], x_layout), *blocks
+
+
+def boxes(fmt: FormatSpec, tile: Tile) -> tuple[list[int], list[int] | None]:
+    """Return the blocks of codes that fill a stage: of pairs; or, of 6 bits, of words, two thirds and the rest."""
+    if fmt.element.width == ptx_sixes.WIDTH:
+        return [COLUMNS, tile.depth // 8], [COLUMNS, tile.depth // 16]
+    return [COLUMNS, tile.depth // 2], None
 
 
 @functools.lru_cache(maxsize=64)
-def layouts(fmt: FormatSpec, tile: Tile) -> tuple[Any, Any]:
-    """Return the layouts of x and of pairs of codes in shared memory."""
+def layouts(fmt: FormatSpec, tile: Tile) -> tuple[Any, ...]:
+    """Return the layouts of x and of the two blocks of codes in shared memory."""
     from triton.experimental.gluon import language as gl
 
-    bits = 2 * fmt.element.width
-    return gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(min(128, tile.depth // 2 * bits // 8), bits, 2)
+    bits = 8 * UNITS[fmt.element.width].itemsize
+    rows = (block and block[1] * bits // 8 for block in boxes(fmt, tile))  # bytes of one
+    made = (row and gl.NVMMASharedLayout(min(128, row) if row >= 32 else 0, bits, 2) for row in rows)
+    return gl.NVMMASharedLayout(128, 16, 2), *made
 
 
 # -- tiles and constexpr arguments -------------------------------------------------------------------------------------
@@ -276,9 +288,16 @@ def constants(
     fmt: FormatSpec, tile: Tile, lanes: int, splits: int, by_group: bool, epilogue: tuple[bool, bool, bool],
     swizzle: bool,
 ) -> Mapping[str, Any]:  # fmt: skip
-    """Return the constexpr arguments of `multiply_codes`. `epilogue`: outer scales of a and b, and a bias."""
+    """Return the constexpr arguments of `multiply_codes`, and options of its compiler.
+
+    `epilogue`: outer scales of a and b, and a bias.
+    """
     wide, table = fmt.scale.torch_dtype == "float32", fmt.element.kind == "codebook"
     decode = ptx_pairs.look_up(fmt.element) if table else ptx_pairs.pair(fmt.element, not wide)
+    gathered = fmt.element.width == ptx_sixes.WIDTH
+    # For gathering ptxas, unless told, takes a few registers more for large tiles than let an SM hold two programs.
+    many = gathered and tile.resident > 1 and (wide or tile.rows * tile.depth >= 64 * 128)
+    limit = {"maxnreg": REGISTERS // (32 * WARPS * tile.resident)} if many else {}
     taken = ptx_pairs.TWO_PAIRS if table else ptx_pairs.PAIR if wide else ptx_pairs.SCALED_PAIR
     return {
         "BM": tile.rows, "BN": COLUMNS, "BK": tile.depth, "STAGES": tile.stages, "WARPS": WARPS, "BAND": BAND,
@@ -286,4 +305,6 @@ def constants(
         "A_OUTER": epilogue[0], "B_OUTER": epilogue[1], "BIAS": epilogue[2], "TABLE": table,
         "DECODE": decode, "DECODE_IN": taken, "SCALE": "" if wide else ptx_pairs.scale(fmt),
         "SCALE_IN": "" if wide else ptx_pairs.ONE_SCALE,
+        "GATHER": ptx_sixes.gather(fmt.element) if gathered else "", "GATHER_IN": ptx_sixes.GATHER if gathered else "",
+        "BASE": ptx_sixes.base(fmt.element) if gathered else 0, **limit,
     }  # fmt: skip
