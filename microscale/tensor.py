@@ -28,6 +28,13 @@ from microscale.numerics import codec, fragments, layout, packing
 from microscale.spec.format import FormatSpec
 
 _make = torch.Tensor._make_wrapper_subclass
+_through_torch = torch._C._disabled_torch_function_impl
+bare = torch._C.DisableTorchFunctionSubclass
+"""A context: within it torch reads attributes of a BlockScaledTensor without asking its `__torch_function__`."""
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+"""Torch's functions that need not always go through its dispatcher, as `microscale.ops.aten` runs them; each gives None
+where the call must go that way after all."""
 
 
 _EXACT = {None: "", True: ":exact", False: ":inexact"}
@@ -67,6 +74,8 @@ class BlockScaledTensor(torch.Tensor):
     scale: torch.Tensor
     outer_scale: torch.Tensor | None
     meta: Meta
+    _turned: tuple[Any, ...] | None = None
+    """What `microscale.ops.compute` keeps of the transposed parts; it sees for itself whether they are still these."""
 
     @staticmethod
     def __new__(
@@ -242,14 +251,38 @@ class BlockScaledTensor(torch.Tensor):
         memo[id(self)] = result
         return result  # type: ignore[return-value]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer a function of FUNCTIONS that need not go through torch; all else goes on as if this were not here.
+
+        torch.compile never asks it, as it traces wrapper subclasses by their parts.
+        """
+        short = FUNCTIONS.get(func)
+        if short is not None:
+            made = short(*args, **kwargs) if kwargs else short(*args)
+            if made is not None:
+                return made
+        if len(types) > 1:
+            others = tuple(kind for kind in types if not issubclass(kind, BlockScaledTensor))
+            for kind in others:  # they need not know of this class, which has no wish of its own
+                made = kind.__torch_function__(func, others, args, kwargs or {})
+                if made is not NotImplemented:
+                    return made
+            if others:
+                return NotImplemented
+        return _through_torch(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Look the op up in the closed list of `microscale.ops.aten`."""
-        from microscale.ops import aten
+        return _ops().dispatch(func, args, kwargs or {})
 
-        return aten.dispatch(func, args, kwargs or {})
+
+@functools.cache
+def _ops() -> Any:
+    from microscale.ops import aten
+
+    return aten
 
 
 def rebuild(
@@ -269,6 +302,8 @@ def rebuild(
 def _strides(shape: tuple[int, ...], qdata: torch.Tensor) -> tuple[int, ...]:
     """Strides of the logical tensor: dense, in the memory order of qdata's dimensions; expanded dimensions have 0."""
     inner = qdata.stride()
+    if len(shape) == 2 and inner[0] and inner[1]:  # what follows, in few steps: every linear layer's
+        return (max(shape[1], 1), 1) if inner[0] >= inner[1] else (1, max(shape[0], 1))
     strides, step = [0] * len(shape), 1
     for d in sorted(range(len(shape)), key=lambda d: (-inner[d], d), reverse=True):
         if inner[d] == 0 and shape[d] != 1:

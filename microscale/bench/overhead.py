@@ -14,9 +14,9 @@ its queue never fills. The median and the spread of the samples are reported, on
       launch NAME         of each jitted kernel
       plan                the rest: choosing and preparing what is launched
 
-`linear` is `F.linear` of x and a quantized weight as wide as it is long, prepared where there is such a thing, in total
-and around its kernel; the row of op `torch` and mode `linear` is `F.linear` of a bf16 weight, and notes say how much is
-over it.
+`linear` is `F.linear` of x and a quantized weight as wide as it is long, prepared where there is such a thing, and
+`module` a `QuantizedLinear` of that weight; the row of op `torch` and mode `linear` is `F.linear` of a bf16 weight, and
+notes say how much is over it.
 
 `ratio` is the share of the total. Parts are timed one by one; `checks` and `plan` are what is left over, and have the
 noise of all. A reference kernel's own time is no overhead, nor is torch's on a CPU: there, only what is around it is
@@ -42,6 +42,7 @@ from microscale.bench.matmul import Weights
 from microscale.bench.quantize import Shape, _device, _input
 from microscale.bench.timing import BenchReport, Row, Timing, environment
 from microscale.kernels.triton.launch import Launch, launch, recorded
+from microscale.nn.layers import to_quantized_
 from microscale.numerics import layout
 from microscale.ops import dequantize, explain, library, quantize
 from microscale.ops.api import cached_quantizer
@@ -178,7 +179,7 @@ def _linear_rows(
     shape = (*x.shape[:-1], *weight.shape)
     chosen = explain("matmul", x, weight)
     kernel = chosen.chosen or "none"
-    row = functools.partial(_row, "linear", spec.name, shape=shape, kernel=kernel)
+    row = functools.partial(_row, name=spec.name, shape=shape, kernel=kernel)
 
     def call() -> torch.Tensor:
         return functional.linear(x, weight)
@@ -187,18 +188,37 @@ def _linear_rows(
     try:
         weights.sample.check(y.flatten(0, -2), x.flatten(0, -2), product.extra_error("matmul", (chosen,)))
     except AssertionError as error:
-        yield Row(
-            "linear", spec.name, "total", shape, None, None, None, None, row.keywords["kernel"], False, str(error)
-        )
+        yield Row("linear", spec.name, "total", shape, None, None, None, None, kernel, False, str(error))
         return
-    total, floor = None, floors.get(shape)
-    if x.is_cuda and not chosen.fallback:
-        total = clock(call)
-        over = f"{total.us - floor:.1f} us over torch's in bf16, " if floor is not None else ""
-        yield dataclasses.replace(row(part="total", timing=total, ratio=1.0), note=f"{over}{case} weight")
-    with dispatch.stand_in("matmul", lambda *args: y):
-        around = clock(call)
-    yield row(part="around the kernel", timing=around, ratio=around.us / (total or around).us)
+    module = torch.nn.Linear(shape[-1], shape[-2], bias=False, device="meta")
+    to_quantized_(module, weight)
+    floor = floors.get(shape)
+    for op, public in (("linear", call), ("module", lambda: module(x))):
+        timed: dict[str, Timing] = {}
+        if x.is_cuda and not chosen.fallback:
+            timed["total"] = clock(public)
+        with dispatch.stand_in("matmul", lambda *args: y):
+            timed["around the kernel"] = clock(public)
+        if op == "linear" and "total" in timed:
+            timed |= _kernel(*_linear_kernel(kernel, public), y, clock)
+        for part, timing in timed.items():
+            made = row(op, part=part, timing=timing, ratio=timing.us / next(iter(timed.values())).us)
+            over = f"{timing.us - floor:.1f} us over torch's in bf16, " if floor is not None else ""
+            yield dataclasses.replace(made, note=f"{over}{case} weight") if part == "total" else made
+
+
+def _linear_kernel(name: str, public: Call) -> tuple[_Op, list[Launch]]:
+    """The kernel of this name as a linear layer calls it, and what it launches."""
+    run = next(k.run for k in dispatch.kernels("matmul") if k.name == name)
+    called: list[tuple[Any, ...]] = []
+
+    def noted(*args: Any) -> Any:
+        called.append(args)
+        return run(*args)
+
+    with dispatch.stand_in("matmul", noted), recorded() as launches:
+        public()
+    return _Op("matmul", public, run, library.matmul, called[0], {}), launches
 
 
 def _rows(
@@ -217,7 +237,7 @@ def _rows(
         timed["total"] = clock(op.public)
     timed |= _around(op, made, clock)
     if launches:
-        timed |= _kernel(op, made, launches, clock)
+        timed |= _kernel(op, launches, made, clock)
     whole = timed.get("total", timed["around the kernel"]).us
     for part, timing in timed.items():
         yield _row(op.name, name, part, shape, timing, timing.us / whole, kernel)
@@ -232,7 +252,7 @@ def _around(op: _Op, made: Any, clock: _Clock) -> dict[str, Timing]:
     return {"around the kernel": whole, **parts, "checks": _left(whole, parts)}
 
 
-def _kernel(op: _Op, made: Any, launches: list[Launch], clock: _Clock) -> dict[str, Timing]:
+def _kernel(op: _Op, launches: list[Launch], made: Any, clock: _Clock) -> dict[str, Timing]:
     """The kernel's host code, and what that consists of."""
     whole = clock(lambda: op.run(*op.args))
     facts = [(t.shape, t.dtype, t.device) for t in (made if isinstance(made, tuple) else (made,)) if t is not None]

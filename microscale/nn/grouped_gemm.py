@@ -11,7 +11,8 @@ tokens are made from a copy with the groups spread, unless the caller says that 
 and both axes of an activation from one read. Stochastic rounding draws for the rows of all experts together.
 
 wgrad's operands are decoded without their outer scales, exactly, and multiplied as plain numbers (`ops.grouped_wgrad`);
-outer scales multiply the FP32 sums.
+outer scales multiply the FP32 sums. The other two products are `ops.grouped_matmul`, so the dispatcher decides: on
+Hopper, pairs of MX operands with many tokens for each expert run on FP8 tensor cores unless `exact_products` is on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from microscale.ops import graph, library
 from microscale.spec.format import ROW
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.training import LayerGemms
-from microscale.tensor import BlockScaledTensor
+from microscale.tensor import BlockScaledTensor, bare
 
 LEAST = 32  # rows that groups are spread to multiples of: what kernels for blocks along the tokens take
 MOST = 128  # rows of a piece with an outer scale of its own
@@ -69,15 +70,17 @@ def three_grouped_gemm(
 
 def _check(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, alignment: int) -> torch.Tensor:
     """Return x in the dtype that it is multiplied in. Raises InputError for arguments that do not fit."""
+    with bare():
+        shape, dtype = weight.shape, weight.dtype
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif x.dtype != weight.dtype:
-        raise InputError(f"input of {x.dtype}, weight of {weight.dtype}", "convert one of them, or use torch.autocast")
-    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
-        raise InputError(f"experts {list(weight.shape)} on {list(x.shape)}", "takes x [T, K] and weight [E, N, K]")
-    if offsets.dtype != torch.int32 or offsets.shape != weight.shape[:1] or offsets.device != x.device:
+    elif x.dtype != dtype:
+        raise InputError(f"input of {x.dtype}, weight of {dtype}", "convert one of them, or use torch.autocast")
+    if x.dim() != 2 or len(shape) != 3 or x.shape[1] != shape[2]:
+        raise InputError(f"experts {list(shape)} on {list(x.shape)}", "takes x [T, K] and weight [E, N, K]")
+    if offsets.dtype != torch.int32 or offsets.shape != shape[:1] or offsets.device != x.device:
         got = f"{offsets.dtype} {list(offsets.shape)} on {offsets.device}"
-        raise InputError(f"offsets {got}", f"they are int32 [{weight.shape[0]}] on {x.device}")
+        raise InputError(f"offsets {got}", f"they are int32 [{shape[0]}] on {x.device}")
     if alignment < 1:
         raise InputError(f"alignment {alignment}", "it is a number of rows: 1 for groups of any size")
     return x
@@ -274,8 +277,8 @@ class GroupedCall(GemmCall):
         outer = t.outer_scale
         if outer is None or not (_blocked_down(t) or _is_shared(t)):
             return ops.dequantize(t, dtype), None
-        bare = BlockScaledTensor(t.qdata, t.scale, None, t.meta, t.shape, dtype)
-        values = ops.dequantize(bare, dtype)
+        plain = BlockScaledTensor(t.qdata, t.scale, None, t.meta, t.shape, dtype)
+        values = ops.dequantize(plain, dtype)
         if not _blocked_down(t):
             return values, self.groups.of_each(outer, 1).unsqueeze(1)
         return values.flatten(0, 1), self.groups.of_each(outer, self.groups.unit)

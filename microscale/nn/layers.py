@@ -110,15 +110,20 @@ class QuantizedLinear(_QuantizedInput, torch.nn.Linear):
         operands take the autocast dtype, as nn.Linear's do. Raises InputError for a static input quantizer that was
         never calibrated.
         """
-        weight, quantizer = self.weight, self.input_quantizer
+        weight, bias, quantizer = self._own("weight"), self._own("bias"), self.input_quantizer
         if quantizer is None:
-            return ops.linear(input, weight, self.bias)
+            return ops.linear(input, weight, bias)
         amax = self.calibrated_amax()
         if torch.is_autocast_enabled(input.device.type):
             dtype = torch.get_autocast_dtype(input.device.type)
             input = input.to(dtype)
             weight = weight.as_dtype(dtype) if isinstance(weight, BlockScaledTensor) else weight.to(dtype)
-        return ops.linear(input, weight, self.bias, input_quantizer=quantizer, amax=amax)
+        return ops.linear(input, weight, bias, input_quantizer=quantizer, amax=amax)
+
+    def _own(self, name: str) -> Any:
+        """What `getattr` gives, without its detour by `nn.Module.__getattr__` where that finds a parameter."""
+        parameters = self._parameters
+        return parameters[name] if name in parameters else getattr(self, name)
 
 
 class QuantizedGroupedLinear(_QuantizedInput, GroupedLinear):

@@ -17,7 +17,7 @@ from microscale.spec.element import ElementSpec
 from microscale.spec.format import FormatSpec
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.registry import QuantizerLike, bound_format, find_element, find_quantizer
-from microscale.tensor import BlockScaledTensor, Meta
+from microscale.tensor import BlockScaledTensor, Meta, bare
 
 Generator = torch.Generator | int | tuple[int, int] | torch.Tensor
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -253,7 +253,8 @@ def dequantize(q: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tenso
 def _dequantize(q: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if not isinstance(q, BlockScaledTensor):
         raise InputError(f"dequantize takes a BlockScaledTensor, got {type(q).__name__}", "quantize it first")
-    dtype = q.dtype if dtype is None else dtype
+    with bare():
+        shape, dtype = q.shape, q.dtype if dtype is None else dtype
     if dtype not in INPUT_DTYPES:
         raise InputError(f"dequantize gives float32, bfloat16 or float16, not {dtype}", "convert the result")
     fmt, axis, scale_layout = q.meta.format, q.meta.axis, q.meta.layout
@@ -262,7 +263,7 @@ def _dequantize(q: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         qdata = qdata.movedim(axis, -1)
         scale = scale.movedim(axis, -1) if scale_layout != layout.SWIZZLED else scale
         outer = outer.movedim(axis, -1) if outer is not None and outer.dim() else outer
-    columns = q.shape[axis]
+    columns = shape[axis]
     if library.is_direct(qdata, scale, outer):
         values = library.dequantize(qdata, scale, outer, fmt, columns, scale_layout, dtype)
     else:

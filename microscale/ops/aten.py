@@ -14,7 +14,7 @@ import torch
 from microscale.errors import InputError, UnsupportedOpError
 from microscale.ops import compute, structure
 from microscale.ops.api import dequantize
-from microscale.tensor import BlockScaledTensor
+from microscale.tensor import FUNCTIONS, BlockScaledTensor
 
 aten = torch.ops.aten
 Handler = Callable[..., Any]
@@ -215,6 +215,9 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         return compute.times_transpose(x, weight, bias)
     weight = weight.transpose(-1, -2) if weight.dim() > 1 else weight
     return compute.product(x, weight, bias, None, recorded=False)
+
+
+FUNCTIONS[torch.nn.functional.linear] = compute.short_linear
 
 
 @implements(aten._grouped_mm.default)

@@ -16,13 +16,14 @@ from microscale.numerics.hadamard import hadamard
 from microscale.ops import api, graph, library
 from microscale.ops.api import INPUT_DTYPES, dequantize, quantize
 from microscale.spec.quantizer import QuantizerSpec
-from microscale.tensor import BlockScaledTensor
+from microscale.tensor import BlockScaledTensor, Meta, bare
 
 
 def _flat(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str, Any]:
     """The five schema arguments of one operand."""
     if isinstance(t, BlockScaledTensor):
-        return t.qdata, t.scale, t.outer_scale, t.meta.pack(), t.shape[t.block_axis]
+        with bare():
+            return t.qdata, t.scale, t.outer_scale, t.meta.pack(), t.shape[t.block_axis]
     return t, None, None, "", 0
 
 
@@ -30,39 +31,71 @@ def _tensors(t: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return (t.qdata, t.scale, t.outer_scale) if isinstance(t, BlockScaledTensor) else (t,)
 
 
-def _parts(t: torch.Tensor) -> Operand:
-    """One operand as kernels get it."""
+def _parts(t: torch.Tensor, shape: torch.Size) -> Operand:
+    """One operand, of this shape, as kernels get it."""
     if not isinstance(t, BlockScaledTensor):
         return t
     meta = t.meta
-    size = t.shape[meta.axis]
+    size = shape[meta.axis]
     return Parts(t.qdata, t.scale, t.outer_scale, meta.format, meta.axis, size, meta.layout, meta.exact_rows)
 
 
 def transposed(q: BlockScaledTensor) -> BlockScaledTensor:
     """Return q.t() of a matrix, which every linear layer asks for: what `structure.transpose` gives, in few steps."""
-    (rows, columns), parts = q.shape, _transposed_parts(q)
-    meta = api._meta(parts.format, parts.axis, parts.layout, parts.exact_rows)
-    return BlockScaledTensor(parts.qdata, parts.scale, parts.outer_scale, meta, (columns, rows), q.dtype)
+    meta, (rows, columns) = q.meta, q.shape
+    qdata, scale, outer = _turned(q.qdata, q.scale, q.outer_scale, meta)
+    turned = api._meta(meta.format, -3 - meta.axis, meta.layout, meta.exact_rows)
+    return BlockScaledTensor(qdata, scale, outer, turned, (columns, rows), q.dtype)
 
 
-def _transposed_parts(q: BlockScaledTensor) -> Parts:
-    meta, outer = q.meta, q.outer_scale
-    scale = q.scale if meta.layout == layout.SWIZZLED else q.scale.t()
-    outer = outer.t() if outer is not None and outer.dim() else outer
-    size = q.shape[meta.axis]
-    return Parts(q.qdata.t(), scale, outer, meta.format, -3 - meta.axis, size, meta.layout, meta.exact_rows)
+def _turned(
+    qdata: torch.Tensor, scale: torch.Tensor, outer: torch.Tensor | None, meta: Meta
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The parts of a matrix, transposed."""
+    scale = scale if meta.layout == layout.SWIZZLED else scale.t()
+    return qdata.t(), scale, outer.t() if outer is not None and outer.dim() else outer
 
 
-def _result_dtype(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
-    if a.dtype != b.dtype:
+# Views and a description of a weight's parts take a third of the time around a small product, so the weight keeps
+# them, beside what they were made of. They are made again unless that is still the same objects in the same memory:
+# another part put in the place of one, or given other `.data`, differs; what is written into a part, views show.
+_COMPARED = ("cpu", "cuda")  # devices of `Tensor.is_set_to`: the same storage, offset, shape and strides
+
+
+def _kept(q: BlockScaledTensor, shape: torch.Size) -> tuple[Parts, library.Facts] | None:
+    """Return what `_keep_turned` made, if it is of what the matrix is now. Only where torch needs to see nothing."""
+    if q._turned is None:
+        return None
+    qdata, scale, outer, meta, sizes, same_qdata, same_scale, same_outer, parts, facts = q._turned
+    if q.qdata is not qdata or q.scale is not scale or q.outer_scale is not outer or q.meta is not meta:
+        return None
+    if sizes != shape:
+        return None
+    if not qdata.is_set_to(same_qdata) or not scale.is_set_to(same_scale):
+        return None
+    return (parts, facts) if outer is None or outer.is_set_to(same_outer) else None
+
+
+def _keep_turned(q: BlockScaledTensor, shape: torch.Size) -> tuple[Parts, library.Facts]:
+    """Return the transposed parts of a matrix, and what selection depends on. Only for parts that are plain tensors."""
+    qdata, scale, outer, meta = q.qdata, q.scale, q.outer_scale, q.meta
+    same = qdata.data, scale.data, None if outer is None else outer.data  # no views, which would hold the parts
+    size = shape[meta.axis]
+    parts = Parts(*_turned(*same, meta), meta.format, -3 - meta.axis, size, meta.layout, meta.exact_rows)
+    facts = library._facts(parts, -2)
+    if qdata.device.type in _COMPARED:
+        q._turned = (qdata, scale, outer, meta, shape, *same, parts, facts)
+    return parts, facts
+
+
+def _result_dtype(a: torch.dtype, b: torch.dtype, out_dtype: torch.dtype | None) -> torch.dtype:
+    if a is not b:
         raise InputError(
-            f"operands of dtype {a.dtype} and {b.dtype}",
-            "convert the plain one, or use .as_dtype() of the quantized one",
+            f"operands of dtype {a} and {b}", "convert the plain one, or use .as_dtype() of the quantized one"
         )
-    if not a.dtype.is_floating_point or a.dtype == torch.float64:
-        raise InputError(f"matmul takes float32, bfloat16 or float16, got {a.dtype}")
-    return a.dtype if out_dtype is None else out_dtype
+    if not a.is_floating_point or a is torch.float64:
+        raise InputError(f"matmul takes float32, bfloat16 or float16, got {a}")
+    return a if out_dtype is None else out_dtype
 
 
 def matmul(
@@ -96,7 +129,12 @@ def _matmul(
 
 def _records(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd would follow an op on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        with bare():
+            for t in tensors:
+                if t is not None and t.requires_grad:
+                    return True
+    return False
 
 
 def product(
@@ -109,11 +147,13 @@ def product(
     recorded: bool,
 ) -> torch.Tensor:
     """Return what `matmul` returns. `recorded`: autograd follows it, so it goes through torch; below, it need not."""
-    rank_a, rank_b = a.dim(), b.dim()
-    if rank_a == 0 or rank_b == 0 or a.shape[-1] != b.shape[-2 if rank_b > 1 else -1]:
-        raise InputError(f"cannot multiply {list(a.shape)} by {list(b.shape)}", "the inner sizes must agree")
-    dtype = _result_dtype(a, b, out_dtype)
-    if not isinstance(a, BlockScaledTensor) and not isinstance(b, BlockScaledTensor):
+    with bare():
+        shape_a, shape_b, dtypes = a.shape, b.shape, (a.dtype, b.dtype)
+    rank_a, rank_b = len(shape_a), len(shape_b)
+    if rank_a == 0 or rank_b == 0 or shape_a[-1] != shape_b[-2 if rank_b > 1 else -1]:
+        raise InputError(f"cannot multiply {list(shape_a)} by {list(shape_b)}", "the inner sizes must agree")
+    dtype = _result_dtype(*dtypes, out_dtype)
+    if not (isinstance(b, BlockScaledTensor) or isinstance(a, BlockScaledTensor)):
         raise InputError("matmul of two plain tensors", "use torch.matmul")
     if rank_a == 1 or rank_b == 1:  # as torch.matmul: a vector is a row on the left, a column on the right
         left, right = (a.unsqueeze(0) if rank_a == 1 else a), (b.unsqueeze(-1) if rank_b == 1 else b)
@@ -125,14 +165,14 @@ def product(
             out = out if added is None else out + added.to(torch.float32)
         return out if plain else out.to(dtype)
     if residual is not None:
-        _check_residual(a, b, residual)
+        _check_residual(shape_a, shape_b, residual)
     if not recorded and library.is_direct(bias, residual, *_tensors(a), *_tensors(b)):
-        return library.matmul(_parts(a), _parts(b), bias, dtype, residual)
+        return library.matmul(_parts(a, shape_a), _parts(b, shape_b), bias, dtype, residual)
     return torch.ops.microscale.matmul(*_flat(a), *_flat(b), bias, dtype, residual)
 
 
-def _check_residual(a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor) -> None:
-    shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+def _check_residual(a: torch.Size, b: torch.Size, residual: torch.Tensor) -> None:
+    shape = (*torch.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])
     if residual.shape != shape or type(residual) is BlockScaledTensor or residual.dtype not in INPUT_DTYPES:
         raise InputError(
             f"residual {residual.dtype} {list(residual.shape)} for a product of shape {list(shape)}",
@@ -142,11 +182,33 @@ def _check_residual(a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor) ->
 
 def times_transpose(x: torch.Tensor, weight: BlockScaledTensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `product(x, weight.t(), bias)` of a matrix `weight`, below autograd."""
-    if type(x) is BlockScaledTensor or x.dim() < 2 or not library.is_direct(x, bias, *_tensors(weight)):
-        return product(x, transposed(weight), bias, None, recorded=False)
-    if x.shape[-1] != weight.shape[1]:
-        raise InputError(f"cannot multiply {list(x.shape)} by {list(weight.shape[::-1])}", "the inner sizes must agree")
-    return library.matmul(x, _transposed_parts(weight), bias, _result_dtype(x, weight, None))
+    made = _times_transpose(x, weight, bias)
+    return product(x, transposed(weight), bias, None, recorded=False) if made is None else made
+
+
+def _times_transpose(x: torch.Tensor, weight: BlockScaledTensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The same of an x of two dimensions or more; None for another, and where torch must see the product."""
+    shape, sizes = x.shape, weight.shape
+    if len(shape) < 2 or len(sizes) != 2 or not library.is_direct(bias, *_tensors(x)):
+        return None
+    kept = _kept(weight, sizes)
+    if kept is None and not library.is_direct(*_tensors(weight)):
+        return None
+    if shape[-1] != sizes[1]:
+        raise InputError(f"cannot multiply {list(shape)} by {list(sizes[::-1])}", "the inner sizes must agree")
+    dtype = _result_dtype(x.dtype, weight.dtype, None)
+    parts, facts = _keep_turned(weight, sizes) if kept is None else kept
+    return library.matmul(_parts(x, shape), parts, bias, dtype, None, facts)
+
+
+def short_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+    """Return what `torch.nn.functional.linear` does; None where something follows or changes it on its way."""
+    if type(weight) is not BlockScaledTensor or type(input) not in library.PLAIN or library.is_followed():
+        return None
+    if bias is not None and type(bias) not in library.PLAIN:
+        return None
+    with bare():
+        return None if _records(input, weight, bias) else _times_transpose(input, weight, bias)
 
 
 def grouped_matmul(
@@ -165,13 +227,15 @@ def grouped_matmul(
 def _grouped_matmul(
     a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, out_dtype: torch.dtype | None
 ) -> torch.Tensor:
-    if a.dim() != 2 or b.dim() != 3 or a.shape[1] != b.shape[1]:
-        raise InputError(f"grouped_matmul of {list(a.shape)} and {list(b.shape)}", "takes [T, K] and [E, K, N]")
-    if offsets.dtype != torch.int32 or offsets.shape != (b.shape[0],):
-        raise InputError(f"offsets must be int32 [{b.shape[0]}], got {offsets.dtype} {list(offsets.shape)}")
-    dtype = _result_dtype(a, b, out_dtype)
+    with bare():
+        shape_a, shape_b, dtypes = a.shape, b.shape, (a.dtype, b.dtype)
+    if len(shape_a) != 2 or len(shape_b) != 3 or shape_a[1] != shape_b[1]:
+        raise InputError(f"grouped_matmul of {list(shape_a)} and {list(shape_b)}", "takes [T, K] and [E, K, N]")
+    if offsets.dtype != torch.int32 or offsets.shape != shape_b[:1]:
+        raise InputError(f"offsets must be int32 [{shape_b[0]}], got {offsets.dtype} {list(offsets.shape)}")
+    dtype = _result_dtype(*dtypes, out_dtype)
     if not _records(a, b) and library.is_direct(offsets, *_tensors(a), *_tensors(b)):
-        return library.grouped_matmul(_parts(a), _parts(b), offsets, dtype)
+        return library.grouped_matmul(_parts(a, shape_a), _parts(b, shape_b), offsets, dtype)
     return torch.ops.microscale.grouped_matmul(*_flat(a), *_flat(b), offsets, dtype)
 
 
@@ -219,26 +283,18 @@ def linear(
     straight-through. Without, the gradient to x is exact. The weight gets no gradient.
     """
     if input_quantizer is None:
-        if _is_short(x, weight, bias):
-            return times_transpose(x, weight, bias)  # type: ignore[arg-type]
-        return torch.nn.functional.linear(x, weight, bias)
+        short = None if torch.compiler.is_compiling() else short_linear(x, weight, bias)
+        return torch.nn.functional.linear(x, weight, bias) if short is None else short
     quantized = quantize(x, input_quantizer, amax=amax)
     recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if not recorded:
+        if not torch.compiler.is_compiling() and type(weight) is BlockScaledTensor:
+            with bare():
+                made = _times_transpose(quantized, weight, bias)
+            if made is not None:
+                return made
         return matmul(quantized, weight.transpose(-1, -2), bias, x.dtype)
     return _StraightThrough.apply(x, quantized, weight, bias, input_quantizer)  # type: ignore[no-untyped-call]
-
-
-def _is_short(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether a linear layer need not go through torch's: nothing follows or changes what it does on the way."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(weight) is BlockScaledTensor
-        and weight.dim() == 2
-        and library.is_direct(x, bias)
-        and not _records(x, bias)
-        and not torch.is_autocast_enabled(x.device.type)
-    )
 
 
 def embedding(indices: torch.Tensor, weight: BlockScaledTensor) -> torch.Tensor:

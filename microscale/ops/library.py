@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from microscale import dispatch
 from microscale.kernels.reference.matmul import Operand as KernelOperand
@@ -58,7 +59,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 # it (modes, functorch, a tracer, a profiler) or to prepare its tensors (subclasses, lazy negation and zeros); where
 # nothing of this is there, the kernel is called directly.
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _observers() -> tuple[Callable[[], object], ...]:
@@ -76,12 +77,21 @@ def _observers() -> tuple[Callable[[], object], ...]:
 _dispatch_modes, _function_modes, _functorch_level, _tracer, _profiler = _observers()
 
 
+# What autograd's other direction and autocast do to a layer, any of it; true too where this torch keeps them elsewhere.
+_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def is_followed() -> bool:
+    """Return True while a layer's forward gradient is asked for, or its operands' dtype is autocast's to say."""
+    return _autocast() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
 def is_direct(*tensors: torch.Tensor | None) -> bool:
     """Return True if an op on these tensors need not pass through torch's dispatcher."""
     if _dispatch_modes() or _function_modes() or _functorch_level() or _tracer() or _profiler():
         return False
     for t in tensors:  # noqa: SIM110  (all() takes twice the time)
-        if t is not None and (type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor()):
+        if t is not None and (type(t) not in PLAIN or t.is_neg() or t._is_zerotensor()):
             return False
     return True
 
@@ -242,7 +252,10 @@ def outer_kind(outer: torch.Tensor | None, axis: int, contraction: int) -> str |
     return "vector" if late else "mixed"
 
 
-def _facts(x: KernelOperand, contraction: int) -> tuple[object, ...]:
+Facts = tuple[object, ...]
+
+
+def _facts(x: KernelOperand, contraction: int) -> Facts:
     """What a selection depends on, as it is at hand."""
     if isinstance(x, torch.Tensor):
         return x.shape, x.dtype
@@ -288,18 +301,21 @@ def matmul(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     residual: torch.Tensor | None = None,
+    facts_b: Facts | None = None,
 ) -> torch.Tensor:
     """Run the kernel that the dispatcher selects; arguments and result as `reference.matmul`.
 
-    With a residual, whose shape is the result's, the kernel gives FP32, and one pass adds and rounds.
+    With a residual, whose shape is the result's, the kernel gives FP32, and one pass adds and rounds. `facts_b`: what
+    `_facts(b, -2)` gives, of who has it at hand.
     """
     if type(a) is Parts and a.size <= a.format.block:
         a = late(a, -1)
     if type(b) is Parts and b.size <= b.format.block:
-        b = late(b, -2)
+        b, facts_b = late(b, -2), None
     added = None if bias is None else (bias.shape, bias.dtype)
     asked, rounded = (out_dtype, None) if residual is None else (torch.float32, out_dtype)
-    facts = (_facts(a, -1), _facts(b, -2), _device(a), added, asked, rounded)
+    facts_b = _facts(b, -2) if facts_b is None else facts_b
+    facts = (_facts(a, -1), facts_b, _device(a), added, asked, rounded)
     entry = dispatch.select_by("matmul", facts, product_problem, "matmul", a, b, bias, asked, rounded)
     made = entry.run(a, b, bias, asked)
     return made if residual is None else add_residual(made, residual, out_dtype)

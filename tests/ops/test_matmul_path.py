@@ -241,7 +241,8 @@ def test_calls_around_a_kernel(fmt):
     x, module = torch.randn(1, 64), layer(fmt, bias=False)
     y = module(x)
     with dispatch.stand_in("matmul", lambda *args: y):
-        assert calls_of(lambda: module(x)) <= 90
-        assert calls_of(lambda: torch.nn.functional.linear(x, module.weight)) <= 110
+        assert calls_of(lambda: module(x)) <= 53
+        assert calls_of(lambda: torch.nn.functional.linear(x, module.weight)) <= 48
         turned = module.weight.t()
-        assert calls_of(lambda: ms.matmul(x, turned)) <= 65
+        assert calls_of(lambda: ms.matmul(x, turned)) <= 58
+        assert calls_of(lambda: ms.matmul(x, module.weight.t())) <= 95

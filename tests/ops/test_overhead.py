@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import microscale as ms
 from microscale import dispatch
-from microscale.bench import bench_overhead
+from microscale.bench import bench_overhead, overhead
 from microscale.cli.app import app
 from microscale.dispatch import Requires
 from microscale.errors import MicroscaleError, NoKernelError
@@ -317,7 +317,20 @@ def test_overhead_suite():
         around = ["around the kernel", "selection", "spec look-up", "wrapper", "checks"]
         assert parts["quantize", fmt] == around
         assert parts["dequantize", fmt] == ["around the kernel", "selection", "checks"]
+        assert parts["linear", fmt] == parts["module", fmt] == ["around the kernel"]
     assert report.environment["torch"] == torch.__version__ and "host" in report.environment
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "fp8_row"])
+def test_parts_of_a_layers_kernel(fmt):
+    """The kernel is called as the layer calls it; what a GPU's rows have is timed here without launches."""
+    x, weight = torch.randn(2, 64).bfloat16(), ms.quantize(torch.randn(48, 64).bfloat16(), fmt)
+    expected = torch.nn.functional.linear(x, weight)
+    op, launches = overhead._linear_kernel("reference.matmul", lambda: torch.nn.functional.linear(x, weight))
+    assert_same_bits(op.run(*op.args), expected)
+    assert launches == [] and op.args[0] is x and op.args[2:] == (None, torch.bfloat16)
+    parts = overhead._kernel(op, launches, expected, overhead._Clock(x.device, 3))
+    assert list(parts) == ["kernel", "allocation", "plan"] and parts["kernel"].us > parts["allocation"].us > 0
 
 
 def test_overhead_command(tmp_path):
