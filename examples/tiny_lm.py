@@ -7,8 +7,8 @@ Every run of a seed starts from the same weights and sees the same bytes in the 
 recipe. Ablations are recipes too: nvfp4_train-no_hadamard is nvfp4_train with that field taken out. After each bf16
 run, its weights are quantized by every inference recipe, and the held-out perplexity of each is measured; after
 quantization-aware training, that under the recipe it is meant for. --out writes all as JSON after every run, --picture
-draws the loss curves; an interrupt or --seconds keeps what there is. --jobs makes several runs at once, each in a
-process of its own; one that fails is listed with its reason, and the others go on.
+draws the loss curves; an interrupt or --seconds keeps what there is, and --add goes on from it. --jobs makes several
+runs at once, each in a process of its own; one that fails is listed with its reason, and the others go on.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "skipped": [],
     }
     names = wanted(options.recipes)
-    todo = [(name, seed) for seed in seeds for name in names]  # what is cut off is a whole seed
+    if options.add:
+        keep(result, setup, options.out)
+    made = {(run["recipe"], run["seed"]) for run in result["runs"]}
+    todo = [(name, seed) for seed in seeds for name in names if (name, seed) not in made]  # what is cut off is a seed
     try:
         (run_here if options.jobs == 1 else run_apart)(setup, result, todo, options)
     except KeyboardInterrupt:
@@ -94,6 +97,7 @@ def arguments() -> argparse.ArgumentParser:
     say("--seconds", type=float, default=math.inf, help="start no run that would likely end after so long")
     say("--diagnostics", type=Path, help="folder: what quantizing did, in eight steps of each run; without CUDA graphs")
     say("--out", type=Path, help="JSON file")
+    say("--add", action="store_true", help="keep the runs that --out has of the same model, and make only others")
     say("--picture", type=Path, help="PNG file; needs matplotlib")
     return parser
 
@@ -191,6 +195,20 @@ class Job:
         return f"exit code {self.process.returncode}: {said.splitlines()[-1] if said else 'it said nothing'}"
 
 
+def keep(result: dict[str, Any], setup: Setup, out: Path | None) -> None:
+    """Take over the runs that a file has, if they are of the same model, steps and text."""
+    if out is None:
+        raise SystemExit("--add goes with --out, the file to add to")
+    if not out.exists():
+        return
+    before = json.loads(out.read_text(encoding="utf-8"))
+    same = before["model"] == result["model"] and before["environment"]["corpus"] == result["environment"]["corpus"]
+    if not same or any(run["steps"] != setup.size.steps for run in before["runs"]):
+        raise SystemExit(f"{out} is of another model, other steps or another text: give another --out")
+    result["runs"], result["perplexities"] = before["runs"], before["perplexities"]
+    relate(result)
+
+
 def skip(result: dict[str, Any], name: str, seed: int, reason: str) -> None:
     """Write down that there is no such run."""
     result["skipped"].append({"recipe": name, "seed": seed, "reason": reason})
@@ -199,11 +217,11 @@ def skip(result: dict[str, Any], name: str, seed: int, reason: str) -> None:
 
 def add(result: dict[str, Any], found: dict[str, Any], todo: Todo, seconds: float) -> None:
     """Add a run and its perplexities, in the order in which they were asked for, and relate all to bf16."""
-    place = {pair: i for i, pair in enumerate(todo)}
+    place = {pair: i for i, pair in enumerate(todo)}  # not in it: kept from before, so first
     result["runs"] += found["runs"]
-    result["runs"].sort(key=lambda run: place[run["recipe"], run["seed"]])
+    result["runs"].sort(key=lambda run: place.get((run["recipe"], run["seed"]), -1))
     result["perplexities"] += found["perplexities"]
-    result["perplexities"].sort(key=lambda row: place[row["trained_by"], row["seed"]])
+    result["perplexities"].sort(key=lambda row: place.get((row["trained_by"], row["seed"]), -1))
     relate(result)
     for run in found["runs"]:
         print(f"{seconds:6.1f} s  {line(run)}", file=sys.stderr, flush=True)

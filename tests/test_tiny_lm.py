@@ -120,6 +120,26 @@ def test_time_and_interrupts_keep_what_there_is(lm, tmp_path, monkeypatch):
     assert [r["recipe"] for r in result["runs"]] == ["bf16"] and result["environment"]["interrupted"]
 
 
+def test_runs_are_added_to_those_of_before(lm, tmp_path, monkeypatch):
+    """Only what is missing is made, and related to what there was; nothing is added to runs of another kind."""
+    arguments = ["--seeds", "0", "--losses-only"]
+    before = run(lm, tmp_path, "--recipes", "bf16", *arguments, "--steps", "2", "--add")  # to no file yet
+    made, train = [], lm.train
+    monkeypatch.setattr(lm, "train", lambda setup, name, seed: made.append((name, seed)) or train(setup, name, seed))
+    after = run(lm, tmp_path, "--recipes", "bf16,mxfp8_train", *arguments, "--steps", "2", "--add")
+    assert made == [("mxfp8_train", 0)] and list(by_recipe(after)) == [("bf16", 0), ("mxfp8_train", 0)]
+    kept, added = after["runs"]
+    assert [kept] == before["runs"] and set(added) == RUN_KEYS
+    assert added["ratio_to_bf16"] == pytest.approx(added["final_loss"] / kept["final_loss"])
+    assert [(row["recipe"], row["seeds"]) for row in after["summary"]] == [("bf16", 1), ("mxfp8_train", 1)]
+    for others in (["--steps", "3"], ["--steps", "2", "--lr", "0.001"]):
+        with pytest.raises(SystemExit, match="another model, other steps"):
+            run(lm, tmp_path, "--recipes", "nvfp4_train", *arguments, *others, "--add")
+    assert json.loads((tmp_path / "tiny_lm.json").read_text()) == after and len(made) == 1
+    with pytest.raises(SystemExit, match="goes with --out"):
+        lm.main(["--device", "cpu", "--size", "tiny", "--add"])
+
+
 def test_picture(lm, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "plots" / "losses.png"
