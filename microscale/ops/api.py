@@ -292,7 +292,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> dispatch.Explanation:
     Forms: ("quantize", x, format, **changes), ("quantize_both", x, rows, columns=None), ("silu_mul_quantize", gate, up,
     format, **changes), ("rms_norm_quantize", x, weight, eps, format, **changes), ("dequantize", q, dtype=None),
     ("matmul", x, w) for `x @ w.T` as a linear layer computes it, ("grouped_matmul", x, w); or ("matmul", problem) with
-    a `dispatch.Problem`. Raises UnknownNameError for another op.
+    a `dispatch.Problem`. Raises UnknownNameError for another op, InputError for an x and a w that do not fit.
     """
     if args and isinstance(args[0], dispatch.Problem):
         return dispatch.explain_problem(args[0])
@@ -319,6 +319,9 @@ def _dequantize_problem(q: BlockScaledTensor, dtype: torch.dtype | None = None) 
 def _matmul_problem(
     op: str, x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype | None = None
 ) -> dispatch.Problem:
+    if x.shape[-1] != w.shape[-1]:
+        hint = "explain takes the weight as a linear layer has it, [N, K]: w, not w.t()"
+        raise InputError(f"{op} of {list(x.shape)} and a weight {list(w.shape)}", hint)
     rows = tuple(_dispatch_operand(t, k) for t, k in ((x, -1), (w.transpose(-1, -2), -2)))
     dtype = library.dtype_name(x.dtype if out_dtype is None else out_dtype)
     return dispatch.Problem(op, rows, x.device.type, library.capability(x.device), None, dtype)

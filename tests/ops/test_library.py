@@ -145,3 +145,13 @@ def test_cpu_and_cuda_give_the_same_bytes():
         on_gpu = ms.quantize(x.cuda(), fmt)
         assert_same_quantized(on_gpu.to("cpu"), ms.quantize(x, fmt), fmt)
         assert_same_bits(on_gpu.dequantize(), ms.quantize(x, fmt).dequantize(), fmt)
+
+
+def test_explain_takes_the_weight_as_layers_have_it():
+    """What does not fit is refused, and not described as a product that nobody can make."""
+    x, w = torch.randn(3, 64), ms.quantize(torch.randn(32, 64), "mxfp8")
+    assert "[64, 32]" in ms.explain("matmul", x, w).problem
+    for op, wrong in (("matmul", w.t()), ("grouped_matmul", ms.quantize(torch.randn(2, 32, 48), "mxfp8"))):
+        with pytest.raises(ms.MicroscaleError, match="a weight") as caught:
+            ms.explain(op, x, wrong)
+        assert "w.t()" in caught.value.hint
