@@ -26,12 +26,14 @@ def compiled(name, rows, out, bias):
     """The facts of one kernel."""
     fmt, cut = ms.find_format(name), fragments_wide.cut_of(rows, 8192, 132)
     known = fragments_wide.constants_of(fmt, cut.rows, cut.units, int(fmt.outer_scale is not None), bias)
-    kernel = jit_fragments_wide.matmul_wide
+    kernel, options = jit_fragments_wide.matmul_wide, {"num_warps": 4, "enable_fp_fusion": False}
+    options |= fragments_wide.CHAINED
+    known = {name: value for name, value in known.items() if name not in fragments_wide.CHAINED}
     types = POINTERS | {"out": f"*{out}", "x": f"tensordesc<bf16[{cut.rows}, 64],{jit_fragments_wide.X_LAYOUT!r}>"}
     signature = {n: "constexpr" if n in known else types.get(n, "i32") for n in kernel.arg_names}
     plain = [i for i, n in enumerate(kernel.arg_names) if n in POINTERS or n == "columns"]
-    source = GluonASTSource(kernel, signature, dict(known), {(i,): [["tt.divisibility", 16]] for i in plain})
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": False})
+    source = GluonASTSource(kernel, signature, known, {(i,): [["tt.divisibility", 16]] for i in plain})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     sass, said = machine_code(made)
     found = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", sass)
     names = [n.split(".")[0] for n in found]
@@ -39,8 +41,15 @@ def compiled(name, rows, out, bias):
         "format": name, "rows": cut.rows, "out": out, "hazards": hazards(sass),
         "local": names.count("LDL") + names.count("STL"),
         "serialized": "serialized" in said, "shared": made.metadata.shared, "mma": names.count("HGMMA"),
-        "copies": names.count("UTMALDG"), "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
+        "copies": names.count("UTMALDG"), "waits": waits(sass),
+        "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
     }  # fmt: skip
+
+
+def waits(sass):
+    """Whether the wait for the kernel before comes before every copy of what that made, and stores come after it."""
+    place = [sass.find(name) for name in ("ACQBULK", "UTMALDG", "STG")]
+    return 0 <= place[0] < min(place[1:])
 
 
 if __name__ == "__main__":

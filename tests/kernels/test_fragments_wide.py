@@ -47,6 +47,7 @@ def test_it_compiles(name):
     assert len(found) == 6
     for f in found:
         assert not f["hazards"] and f["local"] == 0 and not f["serialized"] and f["mma"] >= 8 and f["copies"], f
+        assert f["waits"], f
         resident = 2 if f["rows"] == 128 else 3
         assert f["registers"] * 128 * resident <= 65536 and (f["shared"] + 1024) * resident <= 228 << 10, f
 

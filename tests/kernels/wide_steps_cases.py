@@ -13,7 +13,7 @@ def order(rows, steps):
     out = torch.empty_like(x)
     size = fragments_wide._ORDER["SIZE"]
     halves = x.view(torch.bfloat16), out.view(torch.bfloat16)
-    jit_wide_steps.order_pairs[(-(-x.numel() // size),)](*halves, x.numel(), SIZE=size)
+    jit_wide_steps.order_pairs[(-(-x.numel() // size),)](*halves, x.numel(), SIZE=size, CHAIN=False)
     lanes = x.view(rows, steps, 4, 4, 2)  # lane t, step of 16, half; the two codes of a pair stay together
     return torch.equal(out, lanes.permute(0, 1, 3, 4, 2).reshape(-1))
 
@@ -36,7 +36,7 @@ def add(rows, columns, steps, tile, units, programs, outer, bias):
     out = torch.zeros(rows, columns)
     factor, added = torch.rand(columns, generator=made) + 0.5, torch.randn(columns, generator=made)
     args = (parts, factor, added, out, rows, columns, steps, tiles_x, each)
-    constants = {"N": tile, "UNITS": units, "OUTER": 2 if outer else 0, "BIAS": bias, "DROP": 2.0}
+    constants = {"N": tile, "UNITS": units, "OUTER": 2 if outer else 0, "BIAS": bias, "DROP": 2.0, "CHAIN": False}
     jit_wide_steps.add_tiles[(tiles_w * tiles_x * 4 * units,)](*args, **constants)
     good = True
     for t in range(tiles_w * tiles_x):

@@ -74,15 +74,17 @@ def constants_of(fmt: FormatSpec, rows: int, units: int, outer: int, bias: bool)
         "UNITS": units, "HELD": held, "WIDTH": fmt.element.width, "BLOCK": fmt.block, "N": rows,
         "STAGES": stages_of(fmt, rows, units), "OUTER": outer, "BIAS": bias, "DROP": float(2**low.drop),
         "DECODE": low.assembly, "DECODE_NEXT": high.assembly, "DECODE_IN": low.constraints,
-    }  # fmt: skip
+    } | CHAINED  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
 def _sum_constants(rows: int, units: int, outer: int, bias: bool, drop: float) -> dict[str, Any]:
-    return {"N": rows, "UNITS": units, "OUTER": outer, "BIAS": bias, "DROP": drop}
+    return {"N": rows, "UNITS": units, "OUTER": outer, "BIAS": bias, "DROP": drop, "CHAIN": True} | CHAINED
 
 
-_ORDER = {"SIZE": 1024}
+# Programmatic dependent launch: a kernel begins while the one before it ends, and waits for that where it needs it.
+CHAINED = {"launch_pdl": True}  # an option of the compiler
+_ORDER = {"SIZE": 1024, "CHAIN": True}
 
 
 def _has_rows(problem: Problem) -> bool:

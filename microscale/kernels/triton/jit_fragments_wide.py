@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.kernels.triton.gluon_names import together
 
@@ -23,15 +24,18 @@ X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)  # of a tile of x in shared memory
 
 
 @gluon.jit
-def _fetch(
-    x, words, scales, x_shared, w_shared, s_shared, full, stage, step, last, x_row, w_at, s_at,
-    VECTORS: gl.constexpr, WIDTH: gl.constexpr, BLOCK: gl.constexpr, N: gl.constexpr,
-):  # fmt: skip
-    """Begin to copy a step's tile of x, and of the weight and its scales what this thread will read itself.
-
-    Where there is no further step, nothing of x, and what there was of the weight.
-    """
+def _fetch_x(x, x_shared, full, stage, step, last, x_row, N: gl.constexpr):
+    """Begin to copy a step's tile of x; nothing where there is no further step."""
+    mbarrier.expect(full.index(stage), N * 128, pred=step < last)
     tma.async_copy_global_to_shared(x, [x_row, step * 64], full.index(stage), x_shared.index(stage), pred=step < last)
+
+
+@gluon.jit
+def _fetch_w(
+    words, scales, w_shared, s_shared, stage, step, last, w_at, s_at,
+    VECTORS: gl.constexpr, WIDTH: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """Begin to copy what this thread will read itself of the weight and its scales, of the last step past it."""
     place = gl.minimum(step, last - 1)
     w_from = words + (w_at + place * (WIDTH * 128))
     for v in gl.static_range(VECTORS):
@@ -136,11 +140,11 @@ def matmul_wide(
         s_at = block_at * (1024 // BLOCK) + (((lane >> 2) * PARTS + (lane & 3) * 16 // BLOCK) * 8 + (unit % 4) * 2) // 4
         for s in gl.static_range(STAGES - 1):
             into = gl.where(stage + s >= STAGES, stage + s - STAGES, stage + s)
-            mbarrier.expect(full.index(into), N * 128, pred=first + s < last)
-            _fetch(
-                x, words, scales, x_shared, w_shared, s_shared, full, into, first + s, last, x_row, w_at, s_at,
-                VECTORS, WIDTH, BLOCK, N,
-            )  # fmt: skip
+            _fetch_w(words, scales, w_shared, s_shared, into, first + s, last, w_at, s_at, VECTORS, WIDTH, BLOCK)
+        gdc_wait()  # from here on x is what `order_pairs` made; the weight was there before it began
+        for s in gl.static_range(STAGES - 1):
+            into = gl.where(stage + s >= STAGES, stage + s - STAGES, stage + s)
+            _fetch_x(x, x_shared, full, into, first + s, last, x_row, N)
         acc = ()
         for _u in gl.static_range(UNITS - 1):
             acc = acc + (gl.zeros([64, N], gl.float32, sums),)
@@ -175,12 +179,12 @@ def matmul_wide(
                         late = warpgroup_mma(operand, b, before, is_async=True)
                         late_a = operand
                         into = gl.where(stage == 0, STAGES - 1, stage - 1)
-                        mbarrier.expect(full.index(into), N * 128, pred=step + STAGES - 1 < last)
+                        ahead = step + STAGES - 1
                         together()  # the step before has been multiplied: its operands can be overwritten
-                        _fetch(
-                            x, words, scales, x_shared, w_shared, s_shared, full, into, step + STAGES - 1, last, x_row,
-                            w_at, s_at, VECTORS, WIDTH, BLOCK, N,
-                        )  # fmt: skip
+                        _fetch_x(x, x_shared, full, into, ahead, last, x_row, N)
+                        _fetch_w(
+                            words, scales, w_shared, s_shared, into, ahead, last, w_at, s_at, VECTORS, WIDTH, BLOCK
+                        )
                         done, _now_a = warpgroup_mma_wait(1, deps=(now, now_a))
                         made = made + (done,)
             acc = made
@@ -198,6 +202,7 @@ def matmul_wide(
                 place = row * N + gl.arange(0, N, gl.SliceLayout(0, sums))[None, :]
                 gl.store(parts + slot + u * 64 * N + place, acc[u])
         at += last - first
+    gdc_launch_dependents()
 
 
 @gluon.jit

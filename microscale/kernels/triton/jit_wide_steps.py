@@ -2,14 +2,17 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def order_pairs(x, out, total, SIZE: tl.constexpr):
+def order_pairs(x, out, total, SIZE: tl.constexpr, CHAIN: tl.constexpr):
     """out [M, K] = x, both of 16 bits, their `total` pairs in the order in which tensor cores count K of `fragments`.
 
-    Of 32 pairs, lane t's pair 2 s + j of 8 goes to step s, half j, place t.
+    Of 32 pairs, lane t's pair 2 s + j of 8 goes to step s, half j, place t. CHAIN: what comes next may begin.
     """
+    if CHAIN:
+        gdc_launch_dependents()
     x = x.to(tl.pointer_type(tl.int32), bitcast=True)
     out = out.to(tl.pointer_type(tl.int32), bitcast=True)
     place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -22,11 +25,15 @@ def order_pairs(x, out, total, SIZE: tl.constexpr):
 def add_tiles(
     parts, outer, bias, out, rows, columns, steps, tiles_x, each,
     UNITS: tl.constexpr, N: tl.constexpr, OUTER: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Add what programs have of each tile that several took, in their order; scale, add the bias, round and store.
 
-    A program of this takes 16 columns and N rows of the result. For the arguments see `matmul_wide`.
+    A program of this takes 16 columns and N rows of the result. For the arguments see `matmul_wide`. CHAIN: it may
+    begin before that has ended.
     """
+    if CHAIN:
+        gdc_wait()
     tile = tl.program_id(0) // (4 * UNITS)
     group = tl.program_id(0) % (4 * UNITS)
     first, last = tile * steps // each, (tile * steps + steps - 1) // each
