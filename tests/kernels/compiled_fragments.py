@@ -32,7 +32,7 @@ def compiled(case: str, capability: int) -> dict[str, object]:
     fmt, pointers = ms.find_format(name), dict(POINTERS)
     if eights:
         cut = by_rule(fmt, eights, 8192, 28672, 132, (capability // 10, capability % 10))
-        plan = fragments.plan_of(fmt, cut, eights, int(fmt.outer_scale is not None), False)
+        plan = fragments.plan_of(fmt, cut, eights, (8192, 28672), int(fmt.outer_scale is not None), False)
         kernel, constants, warps = jit_fragments.matmul_fragments, dict(plan.constants), plan.warps
         if eights == 1:
             constants["rows"] = 1  # as Triton has it for one token

@@ -32,26 +32,48 @@ MOST_ROWS = 64  # of x; above, tensor cores are what counts
 
 
 class Plan(NamedTuple):
-    """The constants of `matmul_fragments`, and how it is launched."""
+    """The constants of `matmul_fragments`, and how it is launched: programs, parts of K and steps in each of them.
+
+    `adds`: the constants of the second kernel, which adds the parts; None where the first gives the result.
+    """
 
     constants: dict[str, Any]
     warps: int
+    programs: int
+    splits: int
+    each: int
+    adds: dict[str, Any] | None
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_of(fmt: FormatSpec, tuning: Tuning, rows_of_8: int, outer: int, bias: bool) -> Plan:
-    """Return the plan for a format; `outer`: 0 none, 1 a number, 2 one per column of the result."""
+def plan_of(fmt: FormatSpec, tuning: Tuning, eights: int, shape: tuple[int, int], outer: int, bias: bool) -> Plan:
+    """Return the plan for at most 8 * eights rows and a weight of a shape (N, K), cut as `tuning` says.
+
+    `outer`: 0 none, 1 a number, 2 one per column of the result.
+    """
+    steps = shape[1] // DEPTH
+    each = -(-steps // tuning.splits)
+    splits = -(-steps // each)
+    alone = splits == 1 or eights == 1
+    constants = constants_of(fmt, tuning._replace(splits=splits), eights, outer if alone else 0, bias and alone)
+    programs = -(-shape[0] // (16 * tuning.units * tuning.across)) * splits
+    adds = None if alone else _sum_constants(splits, outer, bias)
+    return Plan(constants, tuning.across * tuning.along, programs, splits, each, adds)
+
+
+@functools.lru_cache(maxsize=1024)
+def constants_of(fmt: FormatSpec, tuning: Tuning, eights: int, outer: int, bias: bool) -> dict[str, Any]:
+    """Return the constants of `matmul_fragments`; one object for the same ones, as `launch` wants it."""
+    most = 1 << (tuning.splits - 1).bit_length() if eights == 1 else 1  # splits that it adds itself
     held = 4 if fmt.element.width == 6 else 2
     low, high = ptx_decode.decoder(fmt, 0), ptx_decode.decoder(fmt, 2 if held == 2 else 0)
-    most = 1 << (tuning.splits - 1).bit_length() if rows_of_8 == 1 else 1
     mma, mma_in = ptx_decode.mma()
-    constants = {
-        "UNITS": tuning.units, "HELD": held, "WIDTH": fmt.element.width, "BLOCK": fmt.block, "NT": rows_of_8,
+    return {
+        "UNITS": tuning.units, "HELD": held, "WIDTH": fmt.element.width, "BLOCK": fmt.block, "NT": eights,
         "WN": tuning.across, "WK": tuning.along, "MOST": most, "OUTER": outer, "BIAS": bias,
         "DROP": float(2**low.drop), "DECODE": low.assembly, "DECODE_NEXT": high.assembly,
         "DECODE_IN": low.constraints, "MMA": mma, "MMA_IN": mma_in,
     }  # fmt: skip
-    return Plan(constants, tuning.across * tuning.along)
 
 
 @functools.lru_cache(maxsize=64)
@@ -114,31 +136,34 @@ def run(
     x: torch.Tensor, b: Parts, bias: torch.Tensor | None, out_dtype: torch.dtype, eights: int, tuning: Tuning
 ) -> torch.Tensor:
     """Return x [M, K] @ b [K, N] + bias for dense x of at most 8 * eights rows, cut as `tuning` says."""
+    jit_fragments, jit_splits = _kernels()
+    (rows, depth), columns, device = x.shape, b.qdata.shape[-1], x.device
+    outer, kind = outer_of(b.outer_scale, columns, x)
+    added = x if bias is None else bias.expand(columns).contiguous()
+    plan = plan_of(b.format, tuning, eights, (columns, depth), kind, bias is not None)
+    splits = plan.splits
+    out = torch.empty((rows, columns), dtype=out_dtype, device=device)
+    sums = out if splits == 1 else torch.empty(splits * rows * columns, dtype=torch.float32, device=device)
+    first, arrived = out, x
+    if plan.adds is not None:
+        first = sums
+    elif splits > 1:
+        arrived = arrivals.counters(device, plan.programs // splits)
+    args = (x, b.qdata, b.scale, outer, added, first, sums, arrived, rows, columns, depth, plan.each, splits)
+    launch(jit_fragments.matmul_fragments, plan.programs, args, plan.constants, plan.warps)
+    if plan.adds is not None:
+        total = rows * columns
+        rest = (sums, outer, added, out, columns, total)
+        launch(jit_splits.add_splits, -(-total // plan.adds["SIZE"]), rest, plan.adds, 4)
+    return out
+
+
+@functools.cache
+def _kernels() -> tuple[Any, Any]:
+    """The jitted kernels, which cannot be imported where Triton is not installed."""
     from microscale.kernels.triton import jit_fragments, jit_splits
 
-    (rows, depth), columns = x.shape, b.qdata.shape[-1]
-    outer, outer_kind = outer_of(b.outer_scale, columns, x)
-    bias = None if bias is None else bias.expand(columns).contiguous()
-    steps = depth // DEPTH
-    each = -(-steps // tuning.splits)
-    splits = -(-steps // each)
-    out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
-    across = -(-columns // (16 * tuning.units * tuning.across))
-    sums = out if splits == 1 else torch.empty(splits * rows * columns, dtype=torch.float32, device=x.device)
-    added = x if bias is None else bias
-    cut = tuning._replace(splits=splits)
-    if splits == 1 or eights == 1:
-        plan = plan_of(b.format, cut, eights, outer_kind, bias is not None)
-        arrived = x if splits == 1 else arrivals.counters(x.device, across)
-        args = (x, b.qdata, b.scale, outer, added, out, sums, arrived, rows, columns, depth, each, splits)
-        launch(jit_fragments.matmul_fragments, across * splits, args, plan.constants, plan.warps)
-        return out
-    plan = plan_of(b.format, cut, eights, 0, False)
-    args = (x, b.qdata, b.scale, x, x, sums, x, x, rows, columns, depth, each, splits)
-    launch(jit_fragments.matmul_fragments, across * splits, args, plan.constants, plan.warps)
-    known, total = _sum_constants(splits, outer_kind, bias is not None), rows * columns
-    launch(jit_splits.add_splits, -(-total // known["SIZE"]), (sums, outer, added, out, columns, total), known, 4)
-    return out
+    return jit_fragments, jit_splits
 
 
 def outer_of(scale: torch.Tensor | None, columns: int, other: torch.Tensor) -> tuple[torch.Tensor, int]:
