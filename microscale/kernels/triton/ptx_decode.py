@@ -2,7 +2,9 @@
 
 The codes lie as `numerics/fragments.py` puts them: shifting a word and masking it leaves two codes with sign, exponent
 and mantissa where bfloat16 has them. As bfloat16 they are too small by 2**(127 - bias), which multiplying by the scale,
-brought up by as much, makes good exactly. Integers become 128 + code in bfloat16, less the 128 (256 if negative).
+brought up by as much, makes good exactly. Integers below 8 bits, their sign bit flipped, become 128 + half their range
++ code in bfloat16, of which one multiply-add with a scale that is a power of two leaves code times scale; those of 8
+bits become their low bits on 128, less 128, or 256 if negative.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def window(fmt: FormatSpec) -> tuple[int, int]:
         return 0, fmt.scale.max_code
     smallest = min(v for v in fmt.element.table if v > 0)
     least = (fmt.scale.bias or 0) - 133 - (math.frexp(smallest)[1] - 1)
-    room = fmt.element.width if fmt.element.kind == "int" else 0  # integers are multiplied as they are
+    room = 8 if fmt.element.kind == "int" else 0  # integers are multiplied as they are, or on 128
     return max(0, least), min(2**fmt.scale.width - 2, 254 - _shift(fmt) + drop_of(fmt) - room)
 
 
@@ -68,18 +70,22 @@ def decoder(fmt: FormatSpec, first: int, by_row: bool = False) -> Decoder:
     element = fmt.element
     held = 4 if element.width == 6 else 2
     vectors, outputs = held * element.width // 8, held // 2 * 16
-    lines = ["{", ".reg .b32 t, u, c, zero, minus, s<4>;", "mov.b32 zero, 0x80008000;", "mov.b32 minus, 0xbf80bf80;"]
+    constants = {"zero": 0x8000, "minus": 0xBF80, "one": 0x3F80, "base": 0x8000 | _base(element)}
+    lines = ["{", f".reg .b32 t, u, c, {', '.join(constants)}, s<4>, z<4>;"]
+    lines += [f"mov.b32 {name}, {_both(half)};" for name, half in constants.items()]
     lines += [line for row in range(held) for line in _scale(fmt, f"s{row}", f"${outputs + 4 * vectors}", first + row)]
+    fused = _base(element) and fmt.scale.exponent_only  # (base + code) scale - base scale, exactly
+    lines += [f"fma.rn.bf16x2 z{row}, s{row}, base, zero;" for row in range(held) if fused]
     for row in range(held):
         for pair, pieces in enumerate(fragments.places(element)):
             step, late = divmod(pair, 2)
             out = f"${row * 8 + pair if by_row else (row // 2 * 4 + step) * 4 + late * 2 + row % 2}"
             words = [f"${outputs + row * element.width // 2 + p.word}" for p in pieces]
-            lines += _pair(element, pieces, words, out, f"s{row}")
+            lines += _pair(element, pieces, words, out, (f"s{row}", f"z{row}" if fused else "zero"))
             if by_row and drop_of(fmt):
                 lines += [f"mov.b32 c, {_both((drop_of(fmt) + TOP) * 128)};", f"fma.rn.bf16x2 {out}, {out}, c, zero;"]
-    constraints = ",".join(["=&r"] * outputs + ["r"] * (4 * vectors + 4))
-    return Decoder("\n".join([*lines, "}"]), constraints, drop_of(fmt))
+    registers = ",".join(["=&r"] * outputs + ["r"] * (4 * vectors + 4))
+    return Decoder("\n".join([*lines, "}"]), registers, drop_of(fmt))
 
 
 def _scale(fmt: FormatSpec, out: str, word: str, byte: int) -> list[str]:
@@ -103,8 +109,15 @@ def _both(half: int) -> str:
     return f"0x{(half * 0x10001) & 0xFFFFFFFF:08x}"
 
 
-def _pair(element: ElementSpec, pieces: tuple[Piece, ...], words: list[str], out: str, scale: str) -> list[str]:
-    """Lines that decode one pair of codes into `out`."""
+def _base(element: ElementSpec) -> int:
+    """What integers below 8 bits are counted from, 128 + half their range, in bfloat16; 0 for other elements."""
+    return 0x4300 | 1 << element.width - 1 if element.kind == "int" and element.width < 8 else 0
+
+
+def _pair(
+    element: ElementSpec, pieces: tuple[Piece, ...], words: list[str], out: str, scale: tuple[str, str]
+) -> list[str]:
+    """Lines that decode one pair of codes into `out`: times the first of `scale`, plus the second."""
     lines: list[str] = []
     grouped: dict[tuple[str, int], int] = {}
     for piece, word in zip(pieces, words, strict=True):  # pieces at one distance in one word are one shift and mask
@@ -117,14 +130,21 @@ def _pair(element: ElementSpec, pieces: tuple[Piece, ...], words: list[str], out
             lines.append(f"{'shl.b32' if shift > 0 else 'shr.u32'} t, {word}, {abs(shift)};")
         both = _both(mask)
         lines.append(f"and.b32 u, {source}, {both};" if i == 0 else f"lop3.b32 u, {source}, {both}, u, 0xea;")
-    if element.kind == "int":
+    if base := _base(element):
+        if len(grouped) == 1:  # the mask and the base at once
+            lines[-1] = f"lop3.b32 u, {source}, {both}, {_both(base)}, 0x6a;"
+        else:
+            lines.append(f"xor.b32 u, u, {_both(base)};")
+        if scale[1] == "zero":
+            lines.append("fma.rn.bf16x2 u, u, one, base;")
+    elif element.kind == "int":
         low, sign = (1 << element.width - 1) - 1, 1 << element.width - 1
         lines += [
             f"lop3.b32 t, u, {_both(sign)}, 0x43004300, 0xea;",
             f"lop3.b32 u, u, {_both(low)}, 0x43004300, 0xea;",
             "fma.rn.bf16x2 u, t, minus, u;",
         ]
-    return [*lines, f"fma.rn.bf16x2 {out}, u, {scale}, zero;"]
+    return [*lines, f"fma.rn.bf16x2 {out}, u, {scale[0]}, {scale[1]};"]
 
 
 def mma() -> tuple[str, str]:
