@@ -1,6 +1,6 @@
-"""Two processes that train together over gloo on the CPU; prints a JSON line for each thing that was compared.
+"""Two processes that train together, over gloo on the CPU or over NCCL on two GPUs; a JSON line for each comparison.
 
-    python -m tests.nn.distributed_cases RECIPE
+    python -m tests.nn.distributed_cases RECIPE [cuda]
 
 Every case holds what torch's wrappers do against the same done by hand: gradients of each process alone, averaged.
 """
@@ -21,6 +21,7 @@ import microscale as ms
 from microscale.nn import Training
 
 WORLD = 2
+here = torch.device("cpu")  # of this process
 
 
 class Block(torch.nn.Module):
@@ -35,7 +36,7 @@ class Block(torch.nn.Module):
 def prepared(name: str, **changes: object) -> tuple[torch.nn.Module, Training]:
     """Three blocks, every one of them trained by the recipe, with the same weights in each process."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(*(Block() for _ in range(3)))
+    model = torch.nn.Sequential(*(Block() for _ in range(3))).to(here)
     recipe = ms.find_recipe(name)
     rules = [rule for rule in recipe.rules if rule.last is None]
     return model, ms.prepare_training_(model, recipe.model_copy(update={"rules": rules, **changes}), seed=1)
@@ -44,7 +45,7 @@ def prepared(name: str, **changes: object) -> tuple[torch.nn.Module, Training]:
 def batch(step: int) -> torch.Tensor:
     """Tokens that differ from process to process."""
     generator = torch.Generator().manual_seed(WORLD * step + dist.get_rank())
-    return torch.randn(32, 64, generator=generator)
+    return torch.randn(32, 64, generator=generator).to(here)
 
 
 def backward(model: torch.nn.Module, step: int) -> float:
@@ -119,7 +120,7 @@ def fully_sharded(name: str, reshard: bool) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(99))
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(99)).to(here)
     changed = []
     with torch.no_grad():
         evaluated = torch.equal(model(x), by_hand(x))
@@ -179,10 +180,15 @@ def main_grads(name: str) -> None:
     say("main_grad in fsdp", error=attempt(lambda: backward(model, 0)))
 
 
-def worker(rank: int, name: str, folder: str) -> None:
+def worker(rank: int, name: str, folder: str, device: str) -> None:
+    global here
     torch.set_num_threads(1)
     store = (Path(folder) / "store").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    if device == "cuda":
+        here = torch.device("cuda", rank)
+        torch.cuda.set_device(here)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=WORLD)
     data_parallel(name)
     fully_sharded(name, True)
     fully_sharded(name, False)
@@ -193,4 +199,6 @@ def worker(rank: int, name: str, folder: str) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(worker, (sys.argv[1], folder), WORLD, start_method="fork")
+        device = (sys.argv[2:] or ["cpu"])[0]
+        start = "spawn" if device == "cuda" else "fork"  # CUDA cannot be used after a fork
+        torch.multiprocessing.start_processes(worker, (sys.argv[1], folder, device), WORLD, start_method=start)

@@ -1,6 +1,7 @@
-"""Training with torch's DistributedDataParallel and fully_shard, two processes on the CPU, against the same by hand."""
+"""Training with torch's DistributedDataParallel and fully_shard, in two processes, against the same by hand."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.kernels.processes import lines
@@ -48,3 +49,15 @@ def test_main_grads_are_averaged_by_hand(found):
 def test_main_grads_that_nobody_would_reduce_are_refused(found):
     assert "DistributedDataParallel does not reduce weight.main_grad" in found["main_grad in ddp"]["error"]
     assert "fully_shard cannot reduce weight.main_grad" in found["main_grad in fsdp"]["error"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["mxfp8_train", "nvfp4_train"])
+def test_on_two_gpus(recipe):
+    """All of the above over NCCL. Sums of two are the same in any order."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for row in lines("tests.nn.distributed_cases", recipe, "cuda", timeout=240):
+        assert all(value for value in row.values() if isinstance(value, bool)), row
+        assert row.get("offsets") == row.get("by_hand"), row
+        assert "in " not in row["case"] or "main_grad" in row["error"], row
