@@ -23,10 +23,10 @@ from torch.nn import functional
 
 import microscale
 from microscale import dispatch
-from microscale.bench import product
+from microscale.bench import product, reading
 from microscale.bench.product import PLAIN, Bench, Product, Sample, normal, stored
 from microscale.bench.quantize import _device
-from microscale.bench.timing import BenchReport, environment
+from microscale.bench.timing import BenchReport, Timer, environment
 from microscale.errors import InputError, MicroscaleError, unknown_name
 from microscale.ops import explain, matmul, quantize
 from microscale.spec.quantizer import QuantizerSpec
@@ -127,6 +127,8 @@ def bench_matmul(
     groups = _groups(place, plan, full, few)
     found, rows = environment(place), []
     bench = Bench(place, samples)
+    if place.type == "cuda" and dispatch.installed("triton") and "weight_only" in plan.cases:
+        bench.ceilings |= reading.ceilings(Timer(place, min(samples, 9)), plan.shapes)
     try:
         for done, group in enumerate(groups):
             if progress is not None:
