@@ -14,7 +14,7 @@ import torch
 
 from microscale.dispatch import Requires, kernel
 from microscale.kernels.triton import amax as outer_scales
-from microscale.kernels.triton import constants, properties, tiles
+from microscale.kernels.triton import constants, long_rows, properties, tiles
 from microscale.kernels.triton.hadamard import hadamard
 from microscale.kernels.triton.launch import launch
 from microscale.kernels.triton.matrices import Matrices, as_matrices
@@ -88,6 +88,9 @@ def _launch(
     scale_layout: str,
 ) -> None:
     facts, total = _facts(spec), x.total_rows * blocks
+    if long_rows.takes(spec, x, scale_layout == layout.STRIDED):
+        long_rows.quantize(x, qdata, scale, spec, choose_encoder(x.data, spec, True) == BY_FP8)
+        return
     if facts.scale_dtype in (torch.float16, torch.bfloat16):
         scale = scale.view(torch.int16)  # the kernel writes codes
     kind, source, count, decode = (outer_scales.NONE, scale, 0, scale) if outer is None else outer[:4]
