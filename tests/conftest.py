@@ -1,6 +1,7 @@
 """What every test shares: the `gpu` marker, the `device` fixture, hypothesis profiles, one torch thread a worker."""
 
 import os
+from collections.abc import Iterator
 
 # Before any test imports transformers: nothing in this suite may reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,3 +47,19 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _seed() -> None:
     """Give every test the same random numbers in every run, whatever ran before it."""
     torch.manual_seed(20251122)
+
+
+@pytest.fixture
+def small_experts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let FP8 tensor cores have experts of any size, which else are slower there."""
+    from microscale import dispatch
+    from microscale.kernels.cublas import grouped_rows_e4m3
+
+    def forget() -> None:
+        dispatch._cache.clear()
+        dispatch._by_facts.clear()
+
+    monkeypatch.setattr(grouped_rows_e4m3, "LARGE", 1)
+    forget()
+    yield
+    forget()

@@ -17,6 +17,7 @@ from tests.kernels.processes import lines
 from tests.kernels.products import parts, wide
 from tests.kernels.scaled_grouped_mm_double import ContractError, GroupedDouble
 
+pytestmark = pytest.mark.usefixtures("small_experts")
 KERNEL, HOPPER = "cublas.grouped_rows_e4m3", (9, 0)
 FORMATS = [f for f in ms.list_formats() if reference.fits(ms.find_format(f))]
 PAIRS = [("mxfp8", "mxfp8"), ("mxfp8", "mxfp4"), ("fp8_row", "mxfp4")]  # tokens, weights
@@ -82,6 +83,20 @@ def test_few_tokens_stay_with_the_kernel_that_decodes():
     ):
         assert told(tokens=tokens, experts=experts).chosen == (KERNEL if taken else "triton.grouped_wgmma")
     assert told(tokens=0).chosen != KERNEL
+
+
+def test_small_matrices_stay_with_the_kernel_that_decodes(monkeypatch):
+    monkeypatch.setattr(grouped_rows_e4m3, "LARGE", 4096)
+    for n, k, taken in (
+        (4096, 4096, True),
+        (14336, 4096, True),
+        (2064, 3000, True),
+        (2048, 4096, False),
+        (1536, 2048, False),
+    ):
+        chosen = told(n=n, k=k, tokens=2**14).chosen
+        assert chosen == KERNEL if taken else chosen != KERNEL, (n, k)
+    assert "2048 by 2048" in refusal(n=1536, k=2048)
 
 
 def test_exact_products_keep_it_out():

@@ -335,6 +335,7 @@ def asked(name, monkeypatch):
     return problems
 
 
+@pytest.mark.usefixtures("small_experts")
 @pytest.mark.parametrize("name", TRAINING)
 def test_pairs_of_mx_operands_go_to_fp8_tensor_cores(name, monkeypatch):
     """fprop and dgrad do, the gradient of the weights does not; exact_products keeps them where they were."""

@@ -183,6 +183,7 @@ def many(seed=0):
     return normal(2048, 128, seed=seed).cuda(), scores.topk(2).indices.cuda()
 
 
+@pytest.mark.usefixtures("small_experts")
 @pytest.mark.parametrize(("name", "products"), [("mxfp8_train", 4), ("mxfp8_train_2d", 4), ("mxfp4_train", 4)])
 def test_fp8_products(name, products, monkeypatch):
     """fprop and dgrad of both layers, and none under exact_products, which the backward obeys too."""
@@ -206,6 +207,7 @@ def test_fp8_products(name, products, monkeypatch):
         assert bool(got.isfinite().all()) and float(error) < 5e-2  # what differs in h is quantized anew
 
 
+@pytest.mark.usefixtures("small_experts")
 @pytest.mark.parametrize("alignment", [1, 32])
 def test_fp8_products_wait_for_nothing_and_are_captured(alignment):
     """One graph for all routes of the tokens, with the bits of eager steps."""

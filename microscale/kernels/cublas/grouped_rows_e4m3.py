@@ -26,11 +26,12 @@ from microscale.kernels.reference.matmul import Parts
 from microscale.kernels.triton.rows_after import zero_rows_after
 from microscale.numerics import layout
 
-# Tokens for each expert from which it pays. Encoding a weight anew moves 2.03 bytes for 8 bits and 1.53 for 4, which at
-# 4.2 TB/s takes 0.48 and 0.36 ps, whatever tokens there are. Each token then takes 2.1 fs at 950 TFLOP/s, what FP8 sums
-# that go into FP32 may reach, and not 3 fs as by `triton.grouped_wgmma` (675 TFLOP/s on an H200, 8 experts of 14336 x
-# 4096): 400 to 550 tokens. A power of two, and both numbers are rounded up to one: selections are cached by that.
-MANY = 512
+# Where it pays, on an H200. Encoding a weight anew takes 0.36 ps for 4 bits and 0.48 for 8, whatever tokens there are:
+# with 512 tokens for each of 8 experts of 14336 x 4096, 0.65 ms instead of 0.75 for mxfp4 and 0.69 instead of 0.71 for
+# mxfp8. But with 1024 tokens for each of 128 experts of 1536 x 2048 the products of a training step took 1.7 times as
+# long as by `triton.grouped_wgmma`; why was not looked for.
+MANY = 512  # tokens for each expert; both numbers are rounded up to powers of two, by which selections are cached
+LARGE = 4096  # rows and columns of a matrix, rounded up likewise
 MOST_EXPERTS = 512  # torch takes up to 1023; the power of two below
 
 
@@ -50,6 +51,11 @@ def many_tokens(problem: Problem) -> bool:
     return tokens - experts >= MANY.bit_length() - 1
 
 
+def large_matrices(problem: Problem) -> bool:
+    """Return True if the experts' matrices have LARGE rows and columns, both rounded up to powers of two."""
+    return all((n - 1).bit_length() >= (LARGE - 1).bit_length() for n in problem.operands[1].shape[-2:])
+
+
 @kernel(
     "grouped_matmul", "cublas.grouped_rows_e4m3", priority=40, native=("cuda",), exact=False,
     bound="operands to 2**-10 of a power of two per row (1e-5 of an MX product; E2M1 exact while a row's exponents "
@@ -66,6 +72,7 @@ def many_tokens(problem: Problem) -> bool:
             ("needs bfloat16 output", lambda p: p.out_dtype == "bfloat16"),
             (f"needs columns in multiples of {MULTIPLE}", lambda p: p.operands[1].shape[-1] % MULTIPLE == 0),
             (f"needs at most {MOST_EXPERTS} experts", lambda p: 0 < p.operands[1].shape[0] <= MOST_EXPERTS),
+            (f"needs matrices of more than {LARGE // 2} by {LARGE // 2}, or it is slower", large_matrices),
             (f"needs {MANY} tokens for each expert, or weights are read more often than it saves", many_tokens),
         ),
     ),
