@@ -50,6 +50,55 @@ def levels(name: str, tokens: int, inputs: int, outputs: int, device: str) -> tu
     return [sqnr(a, exact) for a, exact in zip(got, wanted, strict=True)], bias
 
 
+def unbiased(width: int, device: str, seeds: int = 256) -> list[tuple[float, float]]:
+    """For dx and dw of nvfp4_train: the share of entries whose mean is within 3 standard errors, and of the sum of all.
+
+    Against the gradients from unrounded gradient operands; the other operand is quantized in both.
+    """
+    generator = torch.Generator().manual_seed(width)
+    x, w, dy = (torch.randn(n, width, generator=generator).to(device) for n in (64, width, 64))
+    recipe = ms.find_recipe("nvfp4_train").resolved([])
+    gemms = recipe.gemms_of(recipe.rules[-1], lambda size: (1, -1, -1, 1) * (size // 4))
+    assert gemms.wgrad_input is not None and gemms.wgrad_input.hadamard is not None
+    weight, h = gemms.dgrad_weight or gemms.fprop_weight, gemms.wgrad_input.hadamard
+    tokens = ms.quantize(x, gemms.wgrad_input, axis=-2).dequantize()
+    wanted = [dy @ ms.quantize(w, weight).dequantize(), ms.hadamard(dy.T.contiguous(), h.size, h.sign) @ tokens]
+    sums = [torch.zeros(2, *t.shape, dtype=torch.float64, device=device) for t in wanted]
+    totals: list[list[float]] = [[], []]
+    for seed in range(seeds):
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        state = GemmState(rounding=torch.tensor([seed, 0], device=device))
+        three_gemm(leaves[0], leaves[1], None, gemms, state).backward(dy)
+        for i, leaf in enumerate(leaves):
+            assert leaf.grad is not None
+            error = leaf.grad.double() - wanted[i].double()
+            sums[i] += torch.stack((error, error.square()))
+            totals[i].append(float(error.sum()))
+    found = []
+    for (total, squares), each in zip(sums, totals, strict=True):
+        mean = total / seeds
+        spread = ((squares / seeds - mean.square()).clamp_min(0) / (seeds - 1)).sqrt()
+        of_all = torch.tensor(each, dtype=torch.float64)
+        ratio = float(of_all.mean().abs() / (of_all.std() / seeds**0.5))
+        found.append((float((mean.abs() <= 3 * spread).double().mean()), ratio))
+    return found
+
+
+@pytest.mark.parametrize("width", [256, pytest.param(1024, marks=pytest.mark.slow)])
+def test_gradients_are_unbiased(width):
+    """Over 256 seeds; of normal errors 99.7 % are within 3 standard errors."""
+    with ms.use_backend("reference"):
+        for share, whole in unbiased(width, "cpu"):
+            assert share > 0.99 and whole < 3, (share, whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [1024, 4096])
+def test_gradients_are_unbiased_on_a_gpu(width):
+    for share, whole in unbiased(width, "cuda"):
+        assert share > 0.99 and whole < 3, (share, whole)
+
+
 @pytest.mark.parametrize("name", FLOOR)
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs"),
