@@ -38,7 +38,7 @@ from microscale.numerics import layout
 WORKSPACE, LEAST_WORKSPACE, SHARE = 512 << 20, 128 << 20, 64  # bytes; and which part of the device's memory, between
 LAST_PRODUCT = 4  # of pieces i and j, i + j is below it
 
-BOUND = "(1.25 K + 8) 2**-23 sum |a| |b|: FP32 sums of exact products on tensor cores; one rounding"
+BOUND = "(1.25 K + 8) 2**-23 sum |a| |b|: decoded for 16-bit tensor cores, FP32 sums of exact products; one rounding"
 
 
 # -- what it takes -----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ FLATTEN = True  # whether programs load their next tile while they store one, wh
 DEPTH = 64  # of tiles of bfloat16 along the contraction: 128 bytes
 BAND = 8  # tiles of tokens that go through an expert's columns together
 # Derived in `kernels/cublas/two_pass.py`; values below 2**-126 keep the digits that bfloat16 has there.
-BOUND = "(1.25 K + 8) 2**-23 sum |a| |b|: FP32 sums of exact products on tensor cores; one rounding"
+BOUND = "(1.25 K + 8) 2**-23 sum |a| |b|: decoded for 16-bit tensor cores, FP32 sums of exact products; one rounding"
 
 
 class Tile(NamedTuple):
