@@ -40,6 +40,7 @@ SIZES = {
     "tiny": Size(Config(dim=64, layers=2, heads=4, kv_heads=2, ffn=192, length=64), 8, 200, 64, 2e-3),
     "30m": Size(Config(), 64, 400, None, 1e-3),
 }
+KEPT = ("corpus", "device", "torch", "triton", "microscale")  # of an environment: what runs of one file share
 CHANGED = ("steps", "batch", "lr", "warmup", "floor", "average")  # options that replace what a size says
 
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     names = wanted(options.recipes)
     if options.add:
-        keep(result, setup, options.out)
+        keep(result, setup, options)
     made = {(run["recipe"], run["seed"]) for run in result["runs"]}
     todo = [(name, seed) for seed in seeds for name in names if (name, seed) not in made]  # what is cut off is a seed
     try:
@@ -195,17 +196,26 @@ class Job:
         return f"exit code {self.process.returncode}: {said.splitlines()[-1] if said else 'it said nothing'}"
 
 
-def keep(result: dict[str, Any], setup: Setup, out: Path | None) -> None:
-    """Take over the runs that a file has, if they are of the same model, steps and text."""
-    if out is None:
+def keep(result: dict[str, Any], setup: Setup, options: argparse.Namespace) -> None:
+    """Take over the runs that a file has, if they are of the same model, steps, text, device and versions.
+
+    Those whose perplexities are asked for now, and were not then, are made again.
+    """
+    if options.out is None:
         raise SystemExit("--add goes with --out, the file to add to")
-    if not out.exists():
+    if not options.out.exists():
         return
-    before = json.loads(out.read_text(encoding="utf-8"))
-    same = before["model"] == result["model"] and before["environment"]["corpus"] == result["environment"]["corpus"]
+    before = json.loads(options.out.read_text(encoding="utf-8"))
+    here, there = ({k: v for k, v in r["environment"].items() if k in KEPT} for r in (result, before))
+    same = before["model"] == result["model"] and here == there
     if not same or any(run["steps"] != setup.size.steps for run in before["runs"]):
-        raise SystemExit(f"{out} is of another model, other steps or another text: give another --out")
-    result["runs"], result["perplexities"] = before["runs"], before["perplexities"]
+        raise SystemExit(f"{options.out} is of another model, steps, text, device or version: give another --out")
+    measured = {(row["trained_by"], row["seed"]) for row in before["perplexities"]}
+    for run in before["runs"]:
+        has_none = run["recipe"] != PLAIN and recipe_of(run["recipe"]).inference is None
+        if options.losses_only or has_none or (run["recipe"], run["seed"]) in measured:
+            result["runs"].append(run)
+    result["perplexities"] = before["perplexities"]
     relate(result)
 
 

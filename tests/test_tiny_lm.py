@@ -133,9 +133,15 @@ def test_runs_are_added_to_those_of_before(lm, tmp_path, monkeypatch):
     assert added["ratio_to_bf16"] == pytest.approx(added["final_loss"] / kept["final_loss"])
     assert [(row["recipe"], row["seeds"]) for row in after["summary"]] == [("bf16", 1), ("mxfp8_train", 1)]
     for others in (["--steps", "3"], ["--steps", "2", "--lr", "0.001"]):
-        with pytest.raises(SystemExit, match="another model, other steps"):
+        with pytest.raises(SystemExit, match="another model"):
             run(lm, tmp_path, "--recipes", "nvfp4_train", *arguments, *others, "--add")
     assert json.loads((tmp_path / "tiny_lm.json").read_text()) == after and len(made) == 1
+    run(lm, tmp_path, "--recipes", "bf16", "--seeds", "0", "--steps", "2", "--add")  # now its perplexities are wanted
+    assert made[1:] == [("bf16", 0)]
+    elsewhere = after | {"environment": after["environment"] | {"torch": "1.0"}}
+    (tmp_path / "tiny_lm.json").write_text(json.dumps(elsewhere))
+    with pytest.raises(SystemExit, match="device or version"):
+        run(lm, tmp_path, "--recipes", "nvfp4_train", *arguments, "--steps", "2", "--add")
     with pytest.raises(SystemExit, match="goes with --out"):
         lm.main(["--device", "cpu", "--size", "tiny", "--add"])
 

@@ -27,6 +27,8 @@ def read_gb_per_s(timer: Timer, size: int) -> float:
     for warps, words, at_once, programs in WAYS:
         grid, step = processors * programs, words * at_once
         each = max(1, round(size / 4 / grid / step)) * step
+        if not 0.97 < 4 * grid * each / size < 1.03:  # a way that cannot read so much and no more
+            continue
         data = torch.zeros(grid * each, dtype=torch.int32, device=timer.device)
         out = torch.empty(grid * words, dtype=torch.int32, device=timer.device)
         call = functools.partial(
@@ -39,4 +41,5 @@ def read_gb_per_s(timer: Timer, size: int) -> float:
 def ceilings(timer: Timer, shapes: Iterable[tuple[int, int]]) -> dict[str, float]:
     """Return the bandwidth of reading 4-bit weights of these shapes (N, K), by their sizes."""
     sizes = sorted({n * k * BITS[0] // BITS[1] for n, k in shapes})
-    return {f"read_{size >> 20}MiB_weight": read_gb_per_s(timer, size) for size in sizes}
+    found = {f"read_{size >> 20}MiB_weight": read_gb_per_s(timer, size) for size in sizes}
+    return {name: value for name, value in found.items() if value}  # small ones are no way's

@@ -29,7 +29,7 @@ from microscale.nn.three_gemm import GemmCall, GemmState, _quantize, _quantize_b
 from microscale.nn.token_groups import PaddedGroups, pad_groups, take_rows
 from microscale.numerics import layout
 from microscale.numerics.hadamard import hadamard
-from microscale.ops import graph, library
+from microscale.ops import direct, graph, library
 from microscale.spec.format import ROW
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.training import LayerGemms
@@ -122,7 +122,7 @@ def _traced(
 def _apply(
     x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, gemms: LayerGemms, state: GemmState, alignment: int
 ) -> torch.Tensor:
-    seen = alignment > 1 and offsets.device.type == "cpu" and library.is_direct(offsets)
+    seen = alignment > 1 and offsets.device.type == "cpu" and direct.is_direct(offsets)
     if seen and bool((offsets % alignment).any()):
         raise InputError(f"ends of groups {offsets.tolist()} are no multiples of {alignment}", "leave out alignment")
     call = grouped_call(gemms, state, offsets, x, alignment)
@@ -346,7 +346,7 @@ def _transformed(t: torch.Tensor, spec: QuantizerSpec) -> torch.Tensor:
     """
     if spec.hadamard is None:
         return t
-    if library.is_direct(t):
+    if direct.is_direct(t):
         problem = library.quantize_problem(t, spec.for_row(t.shape[-1]), True, layout.STRIDED)
         if dispatch.select(problem).backend == "triton":
             from microscale.kernels.triton.hadamard import hadamard as kernel

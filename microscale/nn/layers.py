@@ -121,9 +121,12 @@ class QuantizedLinear(_QuantizedInput, torch.nn.Linear):
         return ops.linear(input, weight, bias, input_quantizer=quantizer, amax=amax)
 
     def _own(self, name: str) -> Any:
-        """What `getattr` gives, without its detour by `nn.Module.__getattr__` where that finds a parameter."""
+        """What `getattr` gives, without its detour by `nn.Module.__getattr__` where that finds a parameter.
+
+        A class may have a property of that name, as wrappers do that gather a weight.
+        """
         parameters = self._parameters
-        return parameters[name] if name in parameters else getattr(self, name)
+        return parameters[name] if name in parameters and not hasattr(type(self), name) else getattr(self, name)
 
 
 class QuantizedGroupedLinear(_QuantizedInput, GroupedLinear):

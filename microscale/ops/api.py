@@ -12,7 +12,7 @@ import torch
 from microscale import dispatch
 from microscale.errors import InputError, unknown_name
 from microscale.numerics import codec, layout, rounding
-from microscale.ops import graph, late, library
+from microscale.ops import direct, graph, late, library
 from microscale.spec.element import ElementSpec
 from microscale.spec.format import FormatSpec
 from microscale.spec.quantizer import QuantizerSpec
@@ -176,7 +176,7 @@ def _run_quantize(
         )
     seed = rounding.seed_from(generator, x.device) if spec.rounding == "stochastic" else None
     amax, outer = _outer_operand(amax, rows, axis), _outer_operand(outer_scale, rows, axis)
-    if library.is_direct(rows, amax, outer, seed):
+    if direct.is_direct(rows, amax, outer, seed):
         qdata, scale, outer = library.quantize(rows, spec, amax, outer, seed, scale_layout)
     else:
         qdata, scale, outer = torch.ops.microscale.quantize(rows, spec.key, amax, outer, seed, scale_layout)
@@ -264,7 +264,7 @@ def _dequantize(q: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         scale = scale.movedim(axis, -1) if scale_layout != layout.SWIZZLED else scale
         outer = outer.movedim(axis, -1) if outer is not None and outer.dim() else outer
     columns = shape[axis]
-    if library.is_direct(qdata, scale, outer):
+    if direct.is_direct(qdata, scale, outer):
         values = library.dequantize(qdata, scale, outer, fmt, columns, scale_layout, dtype)
     else:
         values = torch.ops.microscale.dequantize(qdata, scale, outer, fmt.key, columns, scale_layout, dtype)

@@ -13,7 +13,7 @@ from microscale.errors import InputError
 from microscale.kernels.reference.matmul import Operand, Parts
 from microscale.numerics import layout
 from microscale.numerics.hadamard import hadamard
-from microscale.ops import api, graph, library
+from microscale.ops import api, direct, graph, library
 from microscale.ops.api import INPUT_DTYPES, dequantize, quantize
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor, Meta, bare
@@ -166,7 +166,7 @@ def product(
         return out if plain else out.to(dtype)
     if residual is not None:
         _check_residual(shape_a, shape_b, residual)
-    if not recorded and library.is_direct(bias, residual, *_tensors(a), *_tensors(b)):
+    if not recorded and direct.is_direct(bias, residual, *_tensors(a), *_tensors(b)):
         return library.matmul(_parts(a, shape_a), _parts(b, shape_b), bias, dtype, residual)
     return torch.ops.microscale.matmul(*_flat(a), *_flat(b), bias, dtype, residual)
 
@@ -189,10 +189,10 @@ def times_transpose(x: torch.Tensor, weight: BlockScaledTensor, bias: torch.Tens
 def _times_transpose(x: torch.Tensor, weight: BlockScaledTensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """The same of an x of two dimensions or more; None for another, and where torch must see the product."""
     shape, sizes = x.shape, weight.shape
-    if len(shape) < 2 or len(sizes) != 2 or not library.is_direct(bias, *_tensors(x)):
+    if len(shape) < 2 or len(sizes) != 2 or not direct.is_direct(bias, *_tensors(x)):
         return None
     kept = _kept(weight, sizes)
-    if kept is None and not library.is_direct(*_tensors(weight)):
+    if kept is None and not direct.is_direct(*_tensors(weight)):
         return None
     if shape[-1] != sizes[1]:
         raise InputError(f"cannot multiply {list(shape)} by {list(sizes[::-1])}", "the inner sizes must agree")
@@ -201,11 +201,15 @@ def _times_transpose(x: torch.Tensor, weight: BlockScaledTensor, bias: torch.Ten
     return library.matmul(_parts(x, shape), parts, bias, dtype, None, facts)
 
 
-def short_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+def short_linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **others: object
+) -> torch.Tensor | None:
     """Return what `torch.nn.functional.linear` does; None where something follows or changes it on its way."""
-    if type(weight) is not BlockScaledTensor or type(input) not in library.PLAIN or library.is_followed():
+    if type(weight) is not BlockScaledTensor or type(input) not in direct.PLAIN or others or direct.is_followed():
         return None
-    if bias is not None and type(bias) not in library.PLAIN:
+    if input.layout is not torch.strided:
+        return None
+    if bias is not None and type(bias) not in direct.PLAIN:
         return None
     with bare():
         return None if _records(input, weight, bias) else _times_transpose(input, weight, bias)
@@ -234,7 +238,7 @@ def _grouped_matmul(
     if offsets.dtype != torch.int32 or offsets.shape != shape_b[:1]:
         raise InputError(f"offsets must be int32 [{shape_b[0]}], got {offsets.dtype} {list(offsets.shape)}")
     dtype = _result_dtype(*dtypes, out_dtype)
-    if not _records(a, b) and library.is_direct(offsets, *_tensors(a), *_tensors(b)):
+    if not _records(a, b) and direct.is_direct(offsets, *_tensors(a), *_tensors(b)):
         return library.grouped_matmul(_parts(a, shape_a), _parts(b, shape_b), offsets, dtype)
     return torch.ops.microscale.grouped_matmul(*_flat(a), *_flat(b), offsets, dtype)
 

@@ -14,7 +14,7 @@ import torch
 from microscale import dispatch
 from microscale.errors import InputError, unknown_name
 from microscale.numerics import layout, rounding
-from microscale.ops import api, graph, library
+from microscale.ops import api, direct, graph, library
 from microscale.ops.api import INPUT_DTYPES, Generator, QuantizerChanges
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.registry import QuantizerLike, find_quantizer
@@ -197,7 +197,7 @@ def _quantized(
     seed = rounding.seed_from(generator, rows.device) if spec.rounding == "stochastic" else None
     amax, outer_scale = (api._outer_operand(t, rows, axis) for t in given)
     tail = (spec.key, amax, outer_scale, seed, scale_layout)
-    if library.is_direct(*operands, amax, outer_scale, seed):
+    if direct.is_direct(*operands, amax, outer_scale, seed):
         qdata, scale, made = _run(op, operands, args, tail)
     else:
         qdata, scale, made = getattr(torch.ops.microscale, op)(*args, *tail)

@@ -17,7 +17,7 @@ from microscale.bench import bench_overhead, overhead
 from microscale.cli.app import app
 from microscale.dispatch import Requires
 from microscale.errors import MicroscaleError, NoKernelError
-from microscale.ops import api, library
+from microscale.ops import api, direct, library
 from microscale.spec import registry
 from microscale.testing import assert_same_bits, assert_same_quantized
 
@@ -102,7 +102,7 @@ def test_a_trace_keeps_the_ops(through_torch):
         ms.quantize(x, "mxfp8")
         assert "microscale::quantize" in str(traced.graph)
     through_torch.clear()
-    assert library.is_direct(x)
+    assert direct.is_direct(x)
 
 
 def parts(x):
@@ -111,22 +111,22 @@ def parts(x):
 
 def test_what_must_take_the_long_way():
     x = torch.randn(3, 64)
-    assert library.is_direct(x, None, x)
+    assert direct.is_direct(x, None, x)
     complex_ = torch.randn(3, 64, dtype=torch.complex64)
-    assert not library.is_direct(complex_.conj().imag)
-    assert not library.is_direct(x, torch._efficientzerotensor((3,)))
-    assert not library.is_direct(ms.quantize(x, "mxfp8"))
+    assert not direct.is_direct(complex_.conj().imag)
+    assert not direct.is_direct(x, torch._efficientzerotensor((3,)))
+    assert not direct.is_direct(ms.quantize(x, "mxfp8"))
     with torch._subclasses.FakeTensorMode() as mode:
-        assert not library.is_direct(mode.from_tensor(x))
-    assert torch.func.vmap(lambda t: t * int(library.is_direct(t)))(x).abs().sum() == 0
+        assert not direct.is_direct(mode.from_tensor(x))
+    assert torch.func.vmap(lambda t: t * int(direct.is_direct(t)))(x).abs().sum() == 0
     with torch.device("cpu"):
-        assert not library.is_direct(x)
-    assert library.is_direct(x)
+        assert not direct.is_direct(x)
+    assert direct.is_direct(x)
 
 
 def test_an_unknown_torch_always_takes_the_long_way(monkeypatch):
     monkeypatch.delattr(torch._C, "_len_torch_function_stack")
-    assert [f() for f in library._observers()] == [True] * 5
+    assert [f() for f in direct._observers()] == [True] * 6
 
 
 def test_lazily_negated_input():

@@ -16,7 +16,7 @@ import microscale as ms
 from microscale import dispatch
 from microscale.errors import InputError
 from microscale.nn.layers import to_quantized_
-from microscale.ops import compute, library
+from microscale.ops import compute, direct
 from microscale.testing import assert_same_bits, assert_same_quantized
 
 FORMATS = ("mxfp8", "nvfp4", "nvfp4_row", "fp8_row", "nf4")
@@ -340,7 +340,7 @@ def test_compiled_after_eager():
 
 
 def test_an_unknown_torch_always_takes_the_long_way(monkeypatch, through_torch):
-    monkeypatch.setattr(library, "_autocast", lambda: True)
+    monkeypatch.setattr(direct, "_autocast", lambda: True)
     functional.linear(X, weight())
     assert through_torch
 
@@ -369,3 +369,27 @@ def test_on_a_gpu(prepared):
     one.cpu()
     assert_same_bits(functional.linear(x, one), second)
     assert one._turned is not None
+
+
+def test_a_weight_that_a_class_gives_counts():
+    """As wrappers have it that gather a weight: a property, while the parameter is still there."""
+    model = torch.nn.Linear(64, 32, bias=False)
+    ms.quantize_(model, "mxfp8_weight_only")
+    x, kept = torch.randn(2, 64), model.weight
+    plain = model(x)
+    other = type("Gathered", (type(model),), {"weight": property(lambda self: kept.dequantize() * 2)})
+    model.__class__ = other
+    torch.testing.assert_close(model(x), 2 * plain)
+
+
+def test_what_torch_says_of_other_arguments():
+    """An argument that F.linear has not, layouts that nothing multiplies, and a tracer before dispatch: as ever."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    q = ms.quantize(torch.randn(32, 64), "mxfp8")
+    x = torch.randn(2, 64)
+    with pytest.raises((TypeError, ms.MicroscaleError)) as caught:
+        torch.nn.functional.linear(x, q, out=torch.empty(2, 32))
+    assert "short_linear" not in str(caught.value)
+    with pytest.raises((ms.MicroscaleError, NotImplementedError, RuntimeError)):
+        make_fx(lambda a: torch.nn.functional.linear(a, q), pre_dispatch=True)(x)

@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import ScalingType, scaled_grouped_mm  # type: ignore[attr-defined]  # its stubs lack it
 
 from microscale.dispatch import Operand, Problem, Requires, kernel
-from microscale.kernels.cublas.rows_e4m3 import HOPPER, MULTIPLE, _rows, _takes
+from microscale.kernels.cublas.rows_e4m3 import BOUND, HOPPER, MULTIPLE, _rows, _takes
 from microscale.kernels.reference.matmul import Operand as Value
 from microscale.kernels.reference.matmul import Parts
 from microscale.kernels.triton.rows_after import zero_rows_after
@@ -57,9 +57,7 @@ def large_matrices(problem: Problem) -> bool:
 
 
 @kernel(
-    "grouped_matmul", "cublas.grouped_rows_e4m3", priority=40, native=("cuda",), exact=False,
-    bound="operands to 2**-10 of a power of two per row (1e-5 of an MX product; E2M1 exact while a row's exponents "
-    "span 14), summed by FP8 tensor cores: 13 bits in steps of 32, FP32 every 128; one rounding",
+    "grouped_matmul", "cublas.grouped_rows_e4m3", priority=40, native=("cuda",), exact=False, bound=BOUND,
     requires=Requires(
         devices=("cuda",), min_capability=HOPPER, max_capability=HOPPER, packages=("triton",),
         layouts=(layout.STRIDED, layout.SWIZZLED),

@@ -49,6 +49,12 @@ def is_weight(operand: Operand) -> bool:
     return operand.format is not None and operand.axis == -2 and len(operand.shape) == 2
 
 
+BOUND = (
+    "operands to 2**-10 of a power of two per row (1e-5 of an MX product; E2M1 exact while a row's exponents span 14), "
+    "summed by FP8 tensor cores: 13 bits in steps of 32, FP32 every 128; one rounding"
+)
+
+
 def is_aligned(fmt: FormatSpec | None, one_block: bool) -> bool:
     """Return True for an operand whose rows are E4M3 codes under one power of two as they are stored."""
     if fmt is None or not one_block:
@@ -75,9 +81,7 @@ def epilogue_takes(bias: Operand | None) -> bool:
 
 
 @kernel(
-    "matmul", "cublas.rows_e4m3", priority=30, native=("cuda",), exact=False,
-    bound="operands to 2**-10 of a power of two per row (1e-5 of an MX product; E2M1 exact while a row's exponents "
-    "span 14), summed by FP8 tensor cores: 13 bits in steps of 32, FP32 every 128; one rounding",
+    "matmul", "cublas.rows_e4m3", priority=30, native=("cuda",), exact=False, bound=BOUND,
     requires=Requires(
         devices=("cuda",), min_capability=ADA, max_capability=HOPPER, packages=("triton",),
         layouts=(*layout.LAYOUTS, layout.FRAGMENTS),

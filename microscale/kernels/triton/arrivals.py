@@ -32,7 +32,8 @@ def counters(device: torch.device, tiles: int) -> torch.Tensor:
     found = None
     if tiles <= COUNT:
         stream = torch._C._cuda_getCurrentRawStream(place)
-        graph = _capture_id(stream) if torch.cuda.is_current_stream_capturing() else 0
+        captures = torch.cuda.current_device() != place or torch.cuda.is_current_stream_capturing()
+        graph = _capture_id(stream) if captures else 0  # torch tells of the current device's stream alone
         if graph == 0 and not _spare.get(place):
             _make(place)  # while a graph is captured it is too late
         if graph is not None:
@@ -47,8 +48,8 @@ def _claim(place: int, stream: int, graph: int) -> torch.Tensor | None:
     if not spare:
         return None
     if graph:  # no more launches of an earlier one will come
-        for key in [key for key in _sets if key[2] not in (0, graph)]:
-            del _sets[key]
+        for key in [key for key in list(_sets) if key[0] == place and key[2] not in (0, graph)]:
+            _sets.pop(key, None)
     found = _sets[place, stream, graph] = spare.pop()
     return found
 
@@ -79,29 +80,33 @@ def _zeros(place: int, count: int) -> torch.Tensor | None:
     if driver is None:
         return None
     with torch.cuda.device(place):
-        torch.cuda.current_stream().synchronize()  # makes the device's context the current one
+        stream = torch.cuda.current_stream()
+        stream.synchronize()  # makes the device's context the current one
         if driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(4 * count)):
             return None
-        failed = driver.cuMemsetD8_v2(address, ctypes.c_ubyte(0), ctypes.c_size_t(4 * count))
-        torch.cuda.synchronize()
+        handle = ctypes.c_void_p(stream.cuda_stream)
+        failed = driver.cuMemsetD8Async(address, ctypes.c_ubyte(0), ctypes.c_size_t(4 * count), handle)
+        stream.synchronize()  # not the device, on which another thread may be capturing
         return None if failed else torch.as_tensor(_Memory(address.value or 0, count), device=f"cuda:{place}")
 
 
 def _capture_id(stream: int) -> int | None:
-    """Return the number of the capture that a stream takes part in, which no other has; None if it cannot be known."""
+    """Return the number of the capture that a stream takes part in, no other has it; 0 if in none, None if unknown."""
     driver = _driver()
     if driver is None:
         return None
     status, number = ctypes.c_int(), ctypes.c_uint64()
     at = ctypes.byref
     failed = driver.cuStreamGetCaptureInfo_v2(ctypes.c_void_p(stream), at(status), at(number), None, None, None)
-    return None if failed or status.value != 1 else number.value
+    if failed or status.value not in (0, 1):  # none, active
+        return None
+    return number.value if status.value else 0
 
 
 @functools.cache
 def _driver() -> ctypes.CDLL | None:
     """The driver, if it has what is asked of it here."""
-    needed = ("cuStreamGetCaptureInfo_v2", "cuMemAlloc_v2", "cuMemsetD8_v2")
+    needed = ("cuStreamGetCaptureInfo_v2", "cuMemAlloc_v2", "cuMemsetD8Async")
     for name in ("libcuda.so.1", "nvcuda.dll"):
         with contextlib.suppress(OSError):
             found = ctypes.CDLL(name)
