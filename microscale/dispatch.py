@@ -322,8 +322,7 @@ def select(problem: Problem) -> Kernel:
 def select_by(op: str, facts: tuple[Any, ...], describe: Callable[..., Problem], *args: Any) -> Kernel:
     """Return `select(describe(*args))`, remembered under `facts`, which must determine the problem of this op.
 
-    For small calls, where describing the problem costs more than all the rest: facts are whatever is at hand, such as
-    a torch.Size and a torch.dtype.
+    For small calls, where describing the problem costs more than all the rest: facts are what is at hand, as a shape.
     """
     key = (op, _backend.get(), _strict.get(), _exact.get(), facts)
     found, rows = _by_facts.get(key), _kernels.get(op)

@@ -21,7 +21,7 @@ if sys.argv[1:2] == ["cpu"]:
 import torch
 
 import microscale as ms
-from microscale.kernels.triton import grouped, launch
+from microscale.kernels.triton import grouped, launch, properties
 from microscale.numerics import layout
 from microscale.testing import assert_same_bits, poison
 from tests.kernels.products import parts, wide
@@ -238,7 +238,7 @@ def _as_columns(t: torch.Tensor, odd: bool) -> torch.Tensor:
 def main(device: str, names: list[str]) -> None:
     checked, kernels = 0, {}
     if device == "cpu" and "engine" in names:  # as if there were a copy engine
-        grouped._capability = lambda device: (9, 0)
+        properties.capability = lambda device: (9, 0)
     formats = [n for n in names if n not in ("engine", "user")] + list(USER_FORMATS if "user" in names else ())
     for fmt in formats:
         ran = kernels.setdefault(fmt["name"] if isinstance(fmt, dict) else fmt, set())

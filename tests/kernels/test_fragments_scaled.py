@@ -12,7 +12,7 @@ from microscale.dispatch import Operand, Problem
 from microscale.kernels.reference import align_rows as reference_rows
 from microscale.kernels.reference import matmul as reference
 from microscale.kernels.reference.dequantize import dequantize as reference_dequantize
-from microscale.kernels.triton import dequantize, fragments, fragments_scaled, fragments_wide
+from microscale.kernels.triton import dequantize, fragments, fragments_scaled, fragments_wide, properties
 from microscale.ops import late
 from tests.kernels.products import check, parts, wide
 
@@ -122,7 +122,7 @@ def doubles(monkeypatch):
     monkeypatch.setattr(fragments, "matmul", multiply("few"))
     monkeypatch.setattr(fragments_wide, "matmul", multiply("wide"))
     monkeypatch.setattr(dequantize, "dequantize", decode)
-    monkeypatch.setattr(fragments_scaled, "_capability", lambda device: HOPPER)
+    monkeypatch.setattr(properties, "capability", lambda device: HOPPER)
     return calls
 
 
@@ -164,7 +164,7 @@ def test_which_kernel_and_how_many_passes(doubles):
 
 
 def test_elsewhere_there_is_one_kernel(doubles, monkeypatch):
-    monkeypatch.setattr(fragments_scaled, "_capability", lambda device: (8, 9))
+    monkeypatch.setattr(properties, "capability", lambda device: (8, 9))
     q, x = ms.prepare(ms.quantize(torch.randn(64, 128), "mxfp4")), ms.quantize(torch.randn(40, 128), "mxfp8")
     run(x, q.t())
     assert doubles[0][0] == "few"

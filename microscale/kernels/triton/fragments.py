@@ -89,14 +89,15 @@ def rows_of(operand: Operand) -> int:
     return count
 
 
-def _is_weight(problem: Problem) -> bool:
+def is_weight(problem: Problem) -> bool:
+    """Return True for a right operand that `microscale.prepare` made: a matrix whose blocks run along K."""
     weight = problem.operands[1]
     return weight.layout == layout.FRAGMENTS and weight.axis == -2 and len(weight.shape) == 2
 
 
 CHECKS = (
     ("needs a plain left operand", lambda p: p.operands[0].format is None),
-    ("needs a weight that microscale.prepare made", _is_weight),
+    ("needs a weight that microscale.prepare made", is_weight),
     ("needs outer scales that are constant along K", lambda p: p.operands[1].outer in (None, "scalar", "vector")),
     ("adds a bias of one number per column", lambda p: p.bias is None or len(p.bias.shape) == 1),
 )

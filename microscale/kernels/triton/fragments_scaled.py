@@ -14,7 +14,6 @@ one, as `two_pass` does it; one for each row of activations multiplies FP32 sums
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 
@@ -24,7 +23,7 @@ from microscale.kernels.cublas.two_pass import combined, finish
 from microscale.kernels.reference.matmul import Operand as KernelOperand
 from microscale.kernels.reference.matmul import Parts
 from microscale.kernels.triton import dequantize as plain
-from microscale.kernels.triton import fragments, fragments_wide
+from microscale.kernels.triton import fragments, fragments_wide, properties
 from microscale.kernels.triton.fragments import rows_of
 from microscale.numerics import layout
 
@@ -43,11 +42,6 @@ def _is_exact(problem: Problem) -> bool:
     return fmt is not None and plain._fits(fmt) and significant_bits(fmt) <= BFLOAT16_BITS
 
 
-def _is_weight(problem: Problem) -> bool:
-    weight = problem.operands[1]
-    return weight.layout == layout.FRAGMENTS and weight.axis == -2 and len(weight.shape) == 2
-
-
 def _few_rows(problem: Problem) -> bool:
     most = MOST_ROWS if problem.capability == HOPPER else fragments.MOST_ROWS
     return 0 < rows_of(problem.operands[0]) <= most
@@ -58,7 +52,7 @@ def _late(operand: Operand) -> bool:
 
 
 CHECKS = (
-    ("needs a weight that microscale.prepare made", _is_weight),
+    ("needs a weight that microscale.prepare made", fragments.is_weight),
     ("needs a block-scaled left operand, its blocks along K, in a layout that quantize writes", _has_blocks_along_k),
     ("needs activations whose values, outer scales aside, are bfloat16 numbers", _is_exact),
     ("needs outer scales that are constant along K", lambda p: all(map(_late, p.operands))),
@@ -118,9 +112,4 @@ def matmul(a: KernelOperand, b: KernelOperand, bias: torch.Tensor | None, out_dt
 
 def _is_wide(x: torch.Tensor) -> bool:
     """Whether `fragments_wide` multiplies x [M, K]: where it is there, from its first row on."""
-    return x.shape[0] >= fragments_wide.LEAST_ROWS and _capability(x.device) == HOPPER
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return x.shape[0] >= fragments_wide.LEAST_ROWS and properties.capability(x.device) == HOPPER

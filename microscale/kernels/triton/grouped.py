@@ -110,7 +110,7 @@ def grouped_matmul(a: torch.Tensor | Parts, b: Parts, offsets: torch.Tensor, out
     # of swizzled scales, what 128 rows take
     scale_row = 128 * (-(-blocks // layout.TILE_COLUMNS) * layout.TILE_COLUMNS) if swizzle else scale.stride(1)
     outers = Outers.of(a_outer, spread(b, (experts, 1, columns)))
-    tile = codes_tile(a_TK.shape[0], experts, size, _capability(out.device))
+    tile = codes_tile(a_TK.shape[0], experts, size, properties.capability(out.device))
     sizes = (*out.shape, size, experts, blocks, a_TK.stride(0), *codes.stride()[:2], scale.stride(0), scale_row)
     launch(
         _jit().grouped_codes, _grid(tile, out, experts),
@@ -160,7 +160,7 @@ def grouped_wgrad(dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, out_
         return out
     down = (_in_columns(dy), _in_columns(x))
     dy, x = (t if there else _in_rows(t) for t, there in zip((dy, x), down, strict=True))
-    tile = wgrad_tile(height, columns, _capability(x.device))
+    tile = wgrad_tile(height, columns, properties.capability(x.device))
     tiles = experts * -(-height // tile.rows) * -(-columns // tile.columns)
     steps = (t.stride(1 if there else 0) for t, there in zip((dy, x), down, strict=True))
     sizes = (dy.shape[0], height, columns, experts, *steps)
@@ -259,7 +259,7 @@ def _multiply(
     (count, size, columns), experts = b.shape, offsets.shape[0]
     across = b.stride(1) == 1 or size == 1
     matrices = _in_rows(b.transpose(-1, -2) if across else b)
-    capability = _capability(a.device)
+    capability = properties.capability(a.device)
     copies = capability is not None and capability >= (9, 0) and _has_copies(a, matrices, across)
     tile = values_tile(a.shape[0], experts, columns, capability, copies)
     sizes = (*out.shape, size, experts, first, count, a.stride(0), *matrices.stride()[:2])
@@ -300,11 +300,6 @@ def _grid(tile: Tile, out: torch.Tensor, groups: int) -> int:
     rows, columns = out.shape
     tiles = (rows + min(rows, groups) * (tile.rows - 1)) // tile.rows * -(-columns // tile.columns)
     return max(1, min(tiles, tile.resident * properties.multiprocessors(out.device)))
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 @functools.cache

@@ -104,3 +104,9 @@ def power_of_two_at_least(n: int) -> int:
 def multiprocessors(device: torch.device) -> int:
     """Return how many SMs a device has; for the interpreter few, so that programs take several tiles."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 3
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Return a CUDA device's compute capability, None of another device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
