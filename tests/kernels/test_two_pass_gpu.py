@@ -186,7 +186,7 @@ def test_more_than_two_billion_elements():
 
 
 def test_what_a_linear_layer_runs():
-    x, q = normal(512, 1024), ms.quantize(normal(2048, 1024), "nvfp4")
+    x, q = normal(2048, 1024), ms.quantize(normal(2048, 1024), "nvfp4")
     assert ms.explain("matmul", x, q).chosen == "cublas.two_pass"
     assert ms.explain("matmul", x.float(), q.as_dtype(torch.float32)).chosen == "cublas.split_two_pass"
     with ms.strict():
