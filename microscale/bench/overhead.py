@@ -15,8 +15,9 @@ its queue never fills. The median and the spread of the samples are reported, on
       plan                the rest: choosing and preparing what is launched
 
 `linear` is `F.linear` of x and a quantized weight as wide as it is long, prepared where there is such a thing, and
-`module` a `QuantizedLinear` of that weight; the row of op `torch` and mode `linear` is `F.linear` of a bf16 weight, and
-notes say how much is over it.
+`module` a `QuantizedLinear` of that weight; the row of op `torch` and mode `linear` is `F.linear` of a bf16 weight.
+Notes say how much is over that: the median difference of samples taken in turns, since hosts are faster at times than
+at others.
 
 `ratio` is the share of the total. Parts are timed one by one; `checks` and `plan` are what is left over, and have the
 noise of all. A reference kernel's own time is no overhead, nor is torch's on a CPU: there, only what is around it is
@@ -89,7 +90,6 @@ def bench_overhead(
     rows = [_row("torch", "", "zero_ of one element", (1,), clock(one.zero_), None, "")]
     if place.type == "cuda":
         rows.extend(_torch_linear(shape, clock) for shape in shapes or [SHAPE])
-    floors = {r.shape: r.us for r in rows if r.mode == "linear"}
     jobs = [(shape, source) for shape in shapes or [SHAPE] for source in formats or list_formats()]
     for done, (shape, source) in enumerate(jobs):
         if progress is not None:
@@ -97,7 +97,7 @@ def bench_overhead(
         x = _input(shape, place)
         rows.extend(_quantize_rows(x, source, clock))
         rows.extend(_dequantize_rows(quantize(x, source), clock))
-        rows.extend(_linear_rows(x, find_quantizer(source), clock, floors))
+        rows.extend(_linear_rows(x, find_quantizer(source), clock))
     return BenchReport({**environment(place), "host": _host()}, {}, tuple(rows))
 
 
@@ -108,11 +108,15 @@ class _Clock:
         self.device, self.samples = device, samples
 
     def __call__(self, call: Call) -> Timing:
-        for _ in range(3):  # compile and fill caches
-            call()
-        times = sorted(self._sample(call) for _ in range(self.samples))
-        low, high = times[len(times) // 10], times[-1 - len(times) // 10]
-        return Timing(statistics.median(times), high - low)
+        _warm(call)
+        return _timing([self._sample(call) for _ in range(self.samples)])
+
+    def beside(self, call: Call, other: Call) -> tuple[Timing, float]:
+        """Return the timing of a call, and the median of how much longer it takes than another, sample by sample."""
+        _warm(call)
+        _warm(other)
+        pairs = [(self._sample(call), self._sample(other)) for _ in range(self.samples)]
+        return _timing([one for one, _ in pairs]), statistics.median(one - two for one, two in pairs)
 
     def _sample(self, call: Call) -> float:
         if self.device.type == "cuda":
@@ -121,6 +125,18 @@ class _Clock:
         for _ in range(CALLS):
             call()
         return (time.perf_counter() - start) * 1e6 / CALLS
+
+
+def _warm(call: Call) -> None:
+    """Compile and fill caches."""
+    for _ in range(3):
+        call()
+
+
+def _timing(samples: list[float]) -> Timing:
+    times = sorted(samples)
+    low, high = times[len(times) // 10], times[-1 - len(times) // 10]
+    return Timing(statistics.median(times), high - low)
 
 
 def _quantize_rows(x: torch.Tensor, source: QuantizerLike, clock: _Clock) -> Iterator[Row]:
@@ -171,9 +187,7 @@ def _torch_linear(shape: Shape, clock: _Clock) -> Row:
     return _row("torch", product.PLAIN, "linear", (*shape[:-1], *weight.shape), timing, None, "")
 
 
-def _linear_rows(
-    x: torch.Tensor, spec: QuantizerSpec, clock: _Clock, floors: dict[tuple[int, ...], float | None]
-) -> Iterator[Row]:
+def _linear_rows(x: torch.Tensor, spec: QuantizerSpec, clock: _Clock) -> Iterator[Row]:
     weights = Weights(_weight(tuple(x.shape), x.device), spec)
     weight, case = weights.for_rows(x.shape[:-1].numel())
     shape = (*x.shape[:-1], *weight.shape)
@@ -192,19 +206,19 @@ def _linear_rows(
         return
     module = torch.nn.Linear(shape[-1], shape[-2], bias=False, device="meta")
     to_quantized_(module, weight)
-    floor = floors.get(shape)
     for op, public in (("linear", call), ("module", lambda: module(x))):
         timed: dict[str, Timing] = {}
+        over = 0.0
         if x.is_cuda and not chosen.fallback:
-            timed["total"] = clock(public)
+            timed["total"], over = clock.beside(public, lambda: functional.linear(x, weights.plain))
         with dispatch.stand_in("matmul", lambda *args: y):
             timed["around the kernel"] = clock(public)
         if op == "linear" and "total" in timed:
             timed |= _kernel(*_linear_kernel(kernel, public), y, clock)
         for part, timing in timed.items():
             made = row(op, part=part, timing=timing, ratio=timing.us / next(iter(timed.values())).us)
-            over = f"{timing.us - floor:.1f} us over torch's in bf16, " if floor is not None else ""
-            yield dataclasses.replace(made, note=f"{over}{case} weight") if part == "total" else made
+            note = f"{over:.1f} us over torch's in bf16, {case} weight" if part == "total" else ""
+            yield dataclasses.replace(made, note=note)
 
 
 def _linear_kernel(name: str, public: Call) -> tuple[_Op, list[Launch]]:
