@@ -132,14 +132,18 @@ class Model:
     def __call__(self, kernel, grid, args, known, warps):
         if kernel.fn.__name__ == "add_splits":
             parts, outer, bias, out, columns, _ = args
-            total = parts.double().sum(0) * (outer if known["OUTER"] else 1) + (bias if known["BIAS"] else 0)
-            out.copy_(total.view(-1, columns))
+            sums = parts.view(known["SPLITS"], -1, columns).double().sum(0)
+            assert known["OUTER"] != 2 or (outer.is_contiguous() and outer.numel() == columns)
+            assert known["OUTER"] != 1 or outer.numel() == 1
+            out.copy_(sums * (outer if known["OUTER"] else 1) + (bias if known["BIAS"] else 0))
             return
         assert [*kernel.arg_names[len(args) :]] == [n for n in known if n != "maxnreg"] and warps == known["WARPS"]
         assert known.get("maxnreg", 256) * 32 * warps <= wgmma.REGISTERS
         given = dict(zip(kernel.arg_names, args, strict=False))
         self.calls.append((grid, given, known))
         x, out, rows = given["x"], given["out"], given["rows"]
+        for t in (given["x"], given["codes"], given["rest"]):  # all that Triton checks of them
+            assert t is None or t == type(t)(t.base, [*t.base.shape], [*t.base.stride()], t.block_shape, t.layout)
         for block in (given["codes"], given["rest"]):
             if block is not None:
                 assert block.base is given["codes"].base and block.block_shape[0] == known["BN"]
@@ -164,7 +168,9 @@ class Model:
         if known["A_OUTER"]:
             sums = sums * given["a_outer"][rows, None]
         if known["B_OUTER"]:
-            sums = sums * given["b_outer"][group, 0]
+            outer, step = given["b_outer"], given["b_outer_column"]
+            place = outer.storage_offset() + group * given["b_outer_group"]
+            sums = sums * outer.as_strided((given["columns"],), (step,), place)
         return sums + (given["bias"].double() if known["BIAS"] else 0)
 
     def matrix(self, given, known, group):

@@ -32,6 +32,7 @@ from microscale.dispatch import Operand, Problem, Requires, kernel
 from microscale.kernels.cublas.exact import BFLOAT16_BITS, significant_bits
 from microscale.kernels.reference.matmul import Parts
 from microscale.kernels.triton import properties, ptx_pairs, ptx_sixes
+from microscale.kernels.triton.fragments import outer_of
 from microscale.kernels.triton.grouped import BOUND, Outers, spread, values_of
 from microscale.kernels.triton.launch import launch
 from microscale.numerics import layout
@@ -43,6 +44,7 @@ COLUMNS, WARPS = 128, 8  # of a tile; of a program
 SHARED = 200 << 10  # bytes of shared memory for stages, of 227 KiB; the rest is for results on their way out
 UNITS = {4: torch.uint8, 6: torch.int32, 8: torch.int16}  # of codes for the copy engine, by their bits
 REGISTERS = 65536  # of an SM
+NO_OUTERS = Outers(None, None, (0, 0, 0), (False, False))
 BAND = 8  # tiles of rows that go through the columns together
 
 
@@ -116,11 +118,11 @@ def grouped_matmul(a: torch.Tensor | Parts, b: Parts, offsets: torch.Tensor, out
     """Return rows of a [T, K] times their expert's matrix of b [E, K, N]; arguments as `reference.grouped_matmul`."""
     x, a_outer = values_of(a)
     experts, _, columns = b.qdata.shape
-    out = torch.empty(x.shape[0], columns, dtype=out_dtype, device=x.device)
-    if out.numel():
+    rows = x.shape[0]
+    out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
+    if rows and columns:
         outers = Outers.of(a_outer, spread(b, (experts, 1, columns)))
-        tile = tile_of(b.format, -(-x.shape[0] // experts), b.size, out_dtype)
-        run(x, b, outers, None, offsets.contiguous(), out, tile)
+        run(x, b, outers, None, offsets.contiguous(), out, tile_of(b.format, -(-rows // experts), b.size, out_dtype))
     return out
 
 
@@ -135,42 +137,18 @@ def grouped_matmul(a: torch.Tensor | Parts, b: Parts, offsets: torch.Tensor, out
 )  # fmt: skip
 def matmul(a: torch.Tensor, b: Parts, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     """Return a [..., M, K] @ b [K, N] + bias; arguments and result as `reference.matmul`."""
-    columns = b.qdata.shape[-1]
-    x = a.reshape(-1, a.shape[-1])
-    if not x.shape[0]:
-        return torch.empty(*a.shape[:-1], columns, dtype=out_dtype, device=a.device)
-    whole = Parts(b.qdata[None], b.scale[None], b.outer_scale, b.format, b.axis, b.size, b.layout)
-    outers = Outers.of(None, spread(b, (1, 1, columns)))
-    tile = tile_of(b.format, x.shape[0], b.size, out_dtype)
-    made = dense(x, whole, outers, None if bias is None else bias.expand(columns).contiguous(), out_dtype, tile)
-    return made.reshape(*a.shape[:-1], columns)
-
-
-def dense(
-    x: torch.Tensor, b: Parts, outers: Outers, bias: torch.Tensor | None, out_dtype: torch.dtype, tile: Tile
-) -> torch.Tensor:
-    """Return x [M, K] @ b [1, K, N] + bias, K in parts where there are few tiles, which are added in one order."""
-    rows, columns = x.shape[0], b.qdata.shape[-1]
+    columns = b.qdata.shape[1]
+    x = a if a.dim() == 2 else a.reshape(-1, a.shape[-1])
+    rows = x.shape[0]
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
-    splits = splits_of(tile, rows, columns, b.size, properties.multiprocessors(x.device))
-    if splits == 1:
-        run(x, b, outers, bias, None, out, tile)
-        return out
-    from microscale.kernels.triton import jit_splits
-
-    parts = torch.empty(splits, rows, columns, dtype=torch.float32, device=x.device)
-    run(x, b, Outers.of(None, None), None, None, parts, tile)
-    outer = outers.b if outers.b is None else outers.b.reshape(-1).contiguous()
-    known = _sum_constants(splits, outer is not None, bias is not None)
-    total = rows * columns
-    args = (parts, parts if outer is None else outer, parts if bias is None else bias, out, columns, total)
-    launch(jit_splits.add_splits, -(-total // known["SIZE"]), args, known, 4)
-    return out
-
-
-@functools.lru_cache(maxsize=64)
-def _sum_constants(splits: int, outer: bool, bias: bool) -> Mapping[str, Any]:
-    return {"SPLITS": splits, "OUTER": 2 if outer else 0, "BIAS": bias, "SIZE": 1024 if splits < 8 else 512}
+    if rows and columns:
+        outers = NO_OUTERS
+        if b.outer_scale is not None:
+            outer, kind = outer_of(b.outer_scale, columns, x)
+            outers = Outers(None, outer, (0, 0, kind - 1), (False, True))
+        added = None if bias is None else bias.expand(columns).contiguous()
+        run(x, b, outers, added, None, out, tile_of(b.format, rows, b.size, out_dtype))
+    return out if a.dim() == 2 else out.view(*a.shape[:-1], columns)
 
 
 # -- launches ----------------------------------------------------------------------------------------------------------
@@ -180,25 +158,113 @@ def run(
     x: torch.Tensor, b: Parts, outers: Outers, bias: torch.Tensor | None, offsets: torch.Tensor | None,
     out: torch.Tensor, tile: Tile,
 ) -> None:  # fmt: skip
-    """Fill out [T, N] (or [splits, T, N]) with x [T, K] times b [E, K, N], by groups of rows unless offsets is None."""
-    from microscale.kernels.triton import jit_wgmma
+    """Fill out [T, N] with x [T, K] times b: its matrix [K, N], or by groups of rows its [E, K, N] if given offsets.
 
-    experts, _, columns = b.qdata.shape
-    (rows, size), blocks = x.shape, b.size // b.format.block
-    splits, swizzle = out.shape[0] if out.dim() == 3 else 1, b.layout == layout.SWIZZLED
-    x, codes, scale = _in_rows(x), _in_rows(b.qdata.mT), _scales(b.scale if swizzle else b.scale.mT)
-    scale_row = 128 * (-(-blocks // layout.TILE_COLUMNS) * layout.TILE_COLUMNS) if swizzle else scale.stride(1)
-    groups = 1 if offsets is None else experts
-    known = constants(
-        b.format, tile, lanes_of(groups), splits, offsets is not None, (*outers.which, bias is not None), swizzle
-    )
-    tiles = (rows + min(rows, groups) * (tile.rows - 1)) // tile.rows if offsets is not None else -(-rows // tile.rows)
-    grid = min(tiles * -(-columns // COLUMNS) * splits, tile.resident * properties.multiprocessors(x.device))
-    args = (
-        *_descriptors(x, codes, b.format, tile), scale, outers.a, outers.b, bias, offsets, out, rows, columns, size,
-        groups, blocks, scale.stride(0), scale_row, *outers.strides,
+    A dense product has K in parts where there are few tiles; their sums are added up in one order.
+    """
+    jit_wgmma, jit_splits = _kernels()
+    fmt, swizzle, device = b.format, b.layout == layout.SWIZZLED, out.device
+    rows, columns = out.shape
+    x, codes, scale = _in_rows(x), _units(b.qdata, UNITS[fmt.element.width]), _scales(b.scale, swizzle)
+    plan = plan_of(
+        fmt, tile, (rows, columns, b.size, 0 if offsets is None else b.qdata.shape[0]),
+        (x.stride(), codes.stride(), scale.stride(), outers.strides), swizzle, (*outers.which, bias is not None),
+        properties.multiprocessors(device),
     )  # fmt: skip
-    launch(jit_wgmma.multiply_codes, max(1, grid), args, known, WARPS)
+    operands = _described(x, plan.x), _described(codes, plan.codes), plan.rest and _described(codes, plan.rest), scale
+    if plan.adds is None:
+        args = (*operands, outers.a, outers.b, bias, offsets, out, *plan.sizes)
+        launch(jit_wgmma.multiply_codes, plan.grid, args, plan.constants, WARPS)
+        return
+    total = rows * columns
+    parts = torch.empty(plan.adds["SPLITS"] * total, dtype=torch.float32, device=device)
+    args = (*operands, None, None, None, None, parts, *plan.sizes)
+    launch(jit_wgmma.multiply_codes, plan.grid, args, plan.constants, WARPS)
+    args = (parts, parts if outers.b is None else outers.b, parts if bias is None else bias, out, columns, total)
+    launch(jit_splits.add_splits, -(-total // plan.adds["SIZE"]), args, plan.adds, 4)
+
+
+@functools.cache
+def _kernels() -> tuple[Any, Any]:
+    """The jitted kernels, which cannot be imported where Triton is not installed."""
+    from microscale.kernels.triton import jit_splits, jit_wgmma
+
+    return jit_wgmma, jit_splits
+
+
+def _units(qdata: torch.Tensor, unit: torch.dtype) -> torch.Tensor:
+    """Codes [E, bytes, N] or [bytes, N] in rows of units of the copy engine [E * N, units], if they lie so a view."""
+    codes = _in_rows(qdata.mT if qdata.dim() == 2 else qdata.mT.flatten(0, 1))
+    return codes if codes.dtype == unit else codes.view(unit)
+
+
+def _in_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The same matrix, for the copy engine: rows from multiples of 16 bytes on."""
+    row, one = matrix.stride()
+    fits = one == 1 and row * matrix.element_size() % 16 == 0 and row >= matrix.shape[1]
+    return matrix if fits and matrix.data_ptr() % 16 == 0 else matrix.clone(memory_format=torch.contiguous_format)
+
+
+def _scales(scale: torch.Tensor, swizzle: bool) -> torch.Tensor:
+    """The same scales, for loads of words: those along K side by side, rows from multiples of 4 bytes on."""
+    strides = scale.stride()
+    one, row = (strides[-1], 0) if swizzle else strides[-2:]
+    step = strides[0] if len(strides) == 3 - swizzle else 0  # of matrices
+    if one == 1 and (row | step) * scale.element_size() % 4 == 0 and scale.data_ptr() % 4 == 0:
+        return scale
+    in_rows = (scale if swizzle else scale.mT).clone(memory_format=torch.contiguous_format)
+    return in_rows if swizzle else in_rows.mT
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """Constants, programs and last arguments of `multiply_codes`, and what its descriptors have but for their tensors.
+
+    `adds`: the constants of the second kernel, which adds the parts of K; None where the first gives the result.
+    """
+
+    constants: Mapping[str, Any]
+    grid: int
+    sizes: tuple[int, ...]
+    x: Mapping[str, Any]
+    codes: Mapping[str, Any]
+    rest: Mapping[str, Any] | None
+    adds: Mapping[str, Any] | None
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_of(
+    fmt: FormatSpec, tile: Tile, shape: tuple[int, int, int, int], strides: tuple[tuple[int, ...], ...], swizzle: bool,
+    epilogue: tuple[bool, bool, bool], processors: int,
+) -> Plan:  # fmt: skip
+    """Return the plan of a product, which depends on how its tensors lie and not on where.
+
+    `shape`: rows, columns, K, and matrices, 0 for a dense product; `strides`: of x, codes (`_units`) and scales, and
+    those of `Outers`; `epilogue`: outer scales of a and b, and a bias.
+    """
+    (rows, columns, size, experts), (x_strides, code_strides, scale_strides, outer_strides) = shape, strides
+    groups, blocks = max(1, experts), size // fmt.block
+    splits = 1 if experts else splits_of(tile, rows, columns, size, processors)
+    adds = None
+    if splits > 1:  # what follows the sums is for the second kernel
+        adds = _sum_constants(splits, 1 + outer_strides[2] if epilogue[1] else 0, epilogue[2])
+        epilogue, outer_strides = (False, False, False), (0, 0, 0)
+    # of swizzled scales, what 128 rows take
+    scale_row = 128 * layout.TILE_COLUMNS * -(-blocks // layout.TILE_COLUMNS) if swizzle else scale_strides[-1]
+    tiles = (rows + min(rows, groups) * (tile.rows - 1)) // tile.rows if experts else -(-rows // tile.rows)
+    grid = max(1, min(tiles * -(-columns // COLUMNS) * splits, tile.resident * processors))
+    unit = UNITS[fmt.element.width]
+    units = [groups * columns, size * fmt.element.width // (8 * unit.itemsize)]
+    (block, rest), (x_layout, block_layout, rest_layout) = boxes(fmt, tile), layouts(fmt, tile)
+    return Plan(
+        constants(fmt, tile, lanes_of(groups), splits, experts > 0, epilogue, swizzle), grid,
+        (rows, columns, size, groups, blocks, scale_strides[0] if experts else 0, scale_row, *outer_strides),
+        _facts(torch.bfloat16, [rows, size], x_strides, [tile.rows, tile.depth], x_layout),
+        _facts(unit, units, code_strides, block, block_layout),
+        None if rest is None else _facts(unit, units, code_strides, rest, rest_layout), adds,
+    )  # fmt: skip
 
 
 def lanes_of(groups: int) -> int:
@@ -206,34 +272,26 @@ def lanes_of(groups: int) -> int:
     return max(32, properties.power_of_two_at_least(groups))
 
 
-def _in_rows(t: torch.Tensor) -> torch.Tensor:
-    """The same matrices, for the copy engine: rows from multiples of 16 bytes on, matrices one after the other."""
-    stacked = t.dim() == 2 or t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1)
-    fits = t.stride(-1) == 1 and t.stride(-2) * t.element_size() % 16 == 0 and t.stride(-2) >= t.shape[-1]
-    if stacked and fits and t.data_ptr() % 16 == 0:
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
+def _facts(
+    dtype: torch.dtype, shape: list[int], strides: tuple[int, ...], block: list[int], its_layout: Any
+) -> Mapping[str, Any]:
+    """Return what a descriptor has but for its matrix, all of which Triton has checked."""
+    made = _descriptor()(torch.empty(0, dtype=dtype, device="cpu"), shape, list(strides), block, its_layout)
+    return {name: value for name, value in vars(made).items() if name != "base"}
 
 
-def _scales(t: torch.Tensor) -> torch.Tensor:
-    """The same scales, for loads of words: rows from multiples of 4 bytes on."""
-    fits = t.stride(-1) == 1 and all(s * t.element_size() % 4 == 0 for s in t.stride()[:-1])
-    return t if fits and t.data_ptr() % 4 == 0 else t.clone(memory_format=torch.contiguous_format)
+def _described(matrix: torch.Tensor, facts: Mapping[str, Any]) -> Any:
+    """Return the descriptor of a matrix that starts at a multiple of 16 bytes; Triton's checks take some 5 us."""
+    made = object.__new__(_descriptor())
+    made.__dict__ = {**facts, "base": matrix}
+    return made
 
 
-def _descriptors(x: torch.Tensor, codes: torch.Tensor, fmt: FormatSpec, tile: Tile) -> tuple[Any, ...]:
-    """What the copy engine takes of x [T, K], and of codes [E, N, bytes] as pairs [E * N, K / 2] or as words."""
+@functools.cache
+def _descriptor() -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    x_layout, *code_layouts = layouts(fmt, tile)
-    experts, columns, _ = codes.shape
-    row = codes.stride(1)
-    units = codes.as_strided((experts * columns, codes.shape[2]), (row, 1)).view(UNITS[fmt.element.width])
-    blocks = (
-        block and TensorDescriptor(units, list(units.shape), list(units.stride()), block, its_layout)
-        for block, its_layout in zip(boxes(fmt, tile), code_layouts, strict=True)
-    )
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.rows, tile.depth], x_layout), *blocks
+    return TensorDescriptor
 
 
 def boxes(fmt: FormatSpec, tile: Tile) -> tuple[list[int], list[int] | None]:
@@ -308,3 +366,9 @@ def constants(
         "GATHER": ptx_sixes.gather(fmt.element) if gathered else "", "GATHER_IN": ptx_sixes.GATHER if gathered else "",
         "BASE": ptx_sixes.base(fmt.element) if gathered else 0, **limit,
     }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _sum_constants(splits: int, outer: int, bias: bool) -> Mapping[str, Any]:
+    """The constants of `add_splits`. `outer`: 0 none, 1 a number, 2 one per column."""
+    return {"SPLITS": splits, "OUTER": outer, "BIAS": bias, "SIZE": 1024 if splits < 8 else 512}
