@@ -178,7 +178,8 @@ class BlockScaledTensor(torch.Tensor):
             if self.dim() != 2 or not fragments.fits(self.format, self.numel() // max(1, size), size):
                 raise InputError(
                     f"{self!r} has no layout fragments",
-                    "it takes a matrix whose sizes are multiples of 64, in 4, 6 or 8 bits with blocks of 16 or 32",
+                    "it takes a matrix whose sizes are multiples of 64, in 4, 6 or 8 bits, with blocks of 16 or 32 and "
+                    "scales of 8 bits, or with one FP32 scale for each row",
                 )
             plain = self.replace(scale=scale, meta=dataclasses.replace(self.meta, layout=layout.STRIDED))
             return plain._reordered(fragments.order, layout.FRAGMENTS)

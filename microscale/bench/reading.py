@@ -29,7 +29,9 @@ def read_gb_per_s(timer: Timer, size: int) -> float:
         each = max(1, round(size / 4 / grid / step)) * step
         if not 0.97 < 4 * grid * each / size < 1.03:  # a way that cannot read so much and no more
             continue
-        data = torch.randint(-(2**31), 2**31, (grid * each,), dtype=torch.int32, device=timer.device)  # zeros read faster
+        data = torch.randint(
+            -(2**31), 2**31, (grid * each,), dtype=torch.int32, device=timer.device
+        )  # zeros read faster
         out = torch.empty(grid * words, dtype=torch.int32, device=timer.device)
         call = functools.partial(
             read_words[(grid,)], data, out, each, AT_ONCE=at_once, SIZE=words, num_warps=warps

@@ -5,7 +5,8 @@ The bytes are those of the plain layout in another order; qdata and scale keep t
 `mma.m16n8k16` whose K is counted in that order. Vectors of 16 bytes of neighbouring lanes are neighbours:
 
     qdata  [rows / 64, K / 64, vector, lane, 16 bytes]
-    scale  [rows / 64, K / 64, g, block of the step, bytes of the rows g, g + 8, ..., g + 56]
+    scale  [rows / 64, K / 64, g, block of the step, bytes of the rows g, g + 8, ..., g + 56]; or one FP32 number for
+           each row, as in the plain layout, where a row is one block
 
 A row's 16 codes are eight pairs; the two codes of a pair lie in the two halves of a word, at the same places. `places`
 puts their bits so that shifting a word and masking it leaves them where bfloat16 has them.
@@ -103,11 +104,15 @@ def _longest(free: list[list[bool]], most: int) -> tuple[int, int, int]:
 
 
 def fits(fmt: FormatSpec, rows: int, columns: int) -> bool:
-    """Return True for matrices that have this layout: 4, 6 or 8 bits, blocks of 16 or 32, multiples of 64."""
+    """Return True for matrices that have this layout: 4, 6 or 8 bits, sizes that are multiples of 64.
+
+    Blocks are of 16 or 32, with scales of 8 bits, or whole rows, with FP32 scales.
+    """
     element, scale = fmt.element, fmt.scale
     regular = element.kind == "int" or (element.kind == "float" and element.subnormals and element.sign)
-    regular = regular and element.width in (4, 6, 8) and scale.width == 8
-    return regular and fmt.block in (16, 32) and rows % ROWS == 0 and columns % DEPTH == 0 and rows * columns > 0
+    regular = regular and element.width in (4, 6, 8)
+    blocks = scale.width == 8 if fmt.block in (16, 32) else scale.torch_dtype == "float32" and columns <= fmt.block
+    return regular and blocks and rows % ROWS == 0 and columns % DEPTH == 0 and rows * columns > 0
 
 
 def order(qdata: torch.Tensor, scale: torch.Tensor, fmt: FormatSpec, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +180,9 @@ def _rows_of_lane(element: ElementSpec) -> int:
 
 
 def scale_to_fragments(scale: torch.Tensor, block: int) -> torch.Tensor:
-    """Return scales uint8 [N, K / block] in this layout, same shape."""
+    """Return scales uint8 [N, K / block] in this layout, same shape; those of whole rows as they are."""
+    if block >= DEPTH:
+        return scale
     rows, blocks = scale.shape
     parts = DEPTH // block
     # [rows/64, row of the lane, g, K/64, block] -> [rows/64, K/64, g, block, row of the lane]
@@ -185,6 +192,8 @@ def scale_to_fragments(scale: torch.Tensor, block: int) -> torch.Tensor:
 
 def scale_from_fragments(scale: torch.Tensor, block: int) -> torch.Tensor:
     """Return scales uint8 [N, K / block] of bytes that `scale_to_fragments` ordered."""
+    if block >= DEPTH:
+        return scale
     rows, blocks = scale.shape
     parts = DEPTH // block
     view = scale.contiguous().reshape(rows // ROWS, blocks // parts, 8, parts, 8)

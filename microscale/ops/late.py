@@ -11,30 +11,21 @@ rounded elements; both are within the bound that kernels state.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 
 from microscale import dispatch
 from microscale.kernels.reference.matmul import Operand
 from microscale.numerics import layout
-from microscale.spec.element import ElementSpec
-from microscale.spec.format import FormatSpec, ScaleRuleSpec
+from microscale.spec.format import FormatSpec
+from microscale.spec.powers import ONE, with_powers
 
-POWER = ElementSpec(name="e8m0", exponent=8, mantissa=0, bias=127, sign=False, subnormals=False, nan="all_ones")
-ONE = 127  # the code of 1
-
-
-@functools.lru_cache(maxsize=1024)
-def with_powers(fmt: FormatSpec) -> FormatSpec:
-    """Return a format with its elements and blocks, and scales that are powers of two; under its own name."""
-    rule = ScaleRuleSpec(base="floor")
-    return FormatSpec(name=fmt.name, element=fmt.element, block=fmt.block, scale=POWER, scale_rule=rule)
+_ones: dict[torch.device, torch.Tensor] = {}
 
 
 def moves(fmt: FormatSpec, size: int, scale_layout: str, along: bool) -> bool:
     """Return True for an operand whose scale can leave its rows of `size` elements. `along`: they are contracted."""
-    return along and 0 < size <= fmt.block and scale_layout == layout.STRIDED and fmt.scale.torch_dtype == "float32"
+    return along and 0 < size <= fmt.block and scale_layout != layout.SWIZZLED and fmt.scale.torch_dtype == "float32"
 
 
 def late(x: Operand, contraction: int) -> Operand:
@@ -43,8 +34,21 @@ def late(x: Operand, contraction: int) -> Operand:
         return x
     if not moves(x.format, x.size, x.layout, x.axis == contraction):
         return x
-    codes = torch.full_like(x.scale, ONE, dtype=torch.uint8, memory_format=torch.contiguous_format)
+    if x.layout == layout.FRAGMENTS:  # whose kernels do not read them
+        codes = _one(x.scale.device).expand(x.scale.shape)
+    else:
+        codes = torch.full_like(x.scale, ONE, dtype=torch.uint8, memory_format=torch.contiguous_format)
     return dataclasses.replace(x, scale=codes, outer_scale=x.scale, format=with_powers(x.format))
+
+
+def _one(device: torch.device) -> torch.Tensor:
+    """One code of 1 on a device, [1, 1]; kept, unless a graph's capture made it, which may write over it later."""
+    made = _ones.get(device)
+    if made is None:
+        made = torch.full((1, 1), ONE, dtype=torch.uint8, device=device)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _ones[device] = made
+    return made
 
 
 def describe(

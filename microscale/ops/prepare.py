@@ -13,7 +13,7 @@ import torch
 
 from microscale.errors import InputError, MicroscaleError
 from microscale.kernels.reference import align_rows
-from microscale.kernels.triton import ptx_decode
+from microscale.kernels.triton import fragments, ptx_decode
 from microscale.numerics import layout
 from microscale.ops import library
 from microscale.tensor import BlockScaledTensor
@@ -29,12 +29,14 @@ def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -
     `weight.to_layout("strided")` undoes it. Reads the scales back to the host once: prepare before capturing graphs.
 
     Raises InputError, with the reason, for a weight that the kernel cannot decode exactly: sizes that are no multiples
-    of 64, codebooks, blocks other than 16 or 32, FP32 scales, or a scale so large (or NaN) that bfloat16 lacks it.
+    of 64, codebooks, blocks other than 16, 32 or whole rows, FP32 scales of less than a row, or a scale of 8 bits so
+    large (or NaN) that bfloat16 lacks it.
 
     With `quantized_activations` nothing is refused but experts. The weight has `meta.exact_rows` set where there is
     such a question (see `noted`), and layout `fragments` if it can have it and is on a GPU where that serves every
     number of rows: sm_80 to sm_90. Elsewhere, and on the CPU, it stays in a plain layout: Blackwell multiplies blocks
-    and scales itself and takes them as they are. Prepare weights on the device they will be used on.
+    and scales itself and takes them as they are, as FP8 tensor cores take rows of E4M3 with one scale each. Prepare
+    weights on the device they will be used on.
     """
     if not isinstance(weight, BlockScaledTensor):
         raise InputError(f"prepare takes a BlockScaledTensor, got {type(weight).__name__}", "quantize it first")
@@ -57,7 +59,7 @@ def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -
 def _for_both(weight: BlockScaledTensor) -> BlockScaledTensor:
     """Return a weight ready for quantized activations, and for plain ones if it could be reordered."""
     found = noted(weight.to_layout(layout.STRIDED) if weight.scale_layout == layout.FRAGMENTS else weight)
-    if not decodes_on(weight.device):
+    if not decodes_on(weight.device) or fragments.has_row_scales(weight.format):
         return found
     if weight.scale_layout == layout.FRAGMENTS:
         known = weight.meta.exact_rows == found.meta.exact_rows
@@ -97,11 +99,13 @@ def noted(weight: BlockScaledTensor) -> BlockScaledTensor:
 def _check(weight: BlockScaledTensor) -> None:
     """Raise InputError for values that the decode kernel does not get exactly."""
     fmt = weight.format
-    low, high = ptx_decode.window(fmt)
     scale, codes = weight.strided_scale(), weight.codes()
     odd = [code for code, value in enumerate(fmt.element.table) if not math.isfinite(value)]
     if odd and bool(torch.isin(codes, torch.tensor(odd, dtype=torch.uint8, device=weight.device)).any()):
         raise InputError(f"this {fmt.name} weight has NaN or infinite elements", "leave it: other kernels take it")
+    if fragments.has_row_scales(fmt):  # which multiply sums
+        return
+    low, high = ptx_decode.window(fmt)
     small = scale < low
     if bool(small.any()):  # the scale of a block of zeros is the smallest there is
         zeros = torch.tensor([c for c, v in enumerate(fmt.element.table) if v == 0], device=weight.device)

@@ -14,11 +14,12 @@ from triton.experimental.gluon._runtime import GluonASTSource
 import microscale as ms
 from microscale.kernels.triton import fragments, jit_fragments
 from microscale.kernels.triton.fragment_tuning import by_rule
+from microscale.spec.powers import with_powers
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"x": "*bf16", "words": "*u8", "scales": "*u8", "outer": "*fp32", "bias": "*bf16", "out": "*bf16"}
 POINTERS |= {"parts": "*fp32", "arrived": "*i32"}
-FORMATS = ("mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8")
+FORMATS = ("mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8", "fp8_row")
 CASES = {
     **{f"matmul {f} {e}": (f, e) for f in FORMATS for e in (1, 8)},
     **{f"matmul {f} {e}": (f, e) for f in ("mxfp4", "nvfp4") for e in (2, 4)},
@@ -29,10 +30,12 @@ CASES = {
 def compiled(case: str, capability: int) -> dict[str, object]:
     """What the code of a case contains."""
     name, eights = CASES[case]
-    fmt, pointers = ms.find_format(name), dict(POINTERS)
+    fmt, pointers = ms.find_format(name).for_row(28672), dict(POINTERS)
+    outer = 2 if fragments.has_row_scales(fmt) else int(fmt.outer_scale is not None)
     if eights:
         cut = by_rule(fmt, eights, 8192, 28672, 132, (capability // 10, capability % 10))
-        plan = fragments.plan_of(fmt, cut, eights, (8192, 28672), int(fmt.outer_scale is not None), False)
+        operand = with_powers(fmt) if fragments.has_row_scales(fmt) else fmt  # as kernels get it
+        plan = fragments.plan_of(operand, cut, eights, (8192, 28672), outer, False)
         kernel, constants, warps = jit_fragments.matmul_fragments, dict(plan.constants), plan.warps
         if eights == 1:
             constants["rows"] = 1  # as Triton has it for one token

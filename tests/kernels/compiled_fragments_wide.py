@@ -14,18 +14,22 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 import microscale as ms
-from microscale.kernels.triton import fragments_wide, jit_fragments_wide
+from microscale.kernels.triton import fragments, fragments_wide, jit_fragments_wide
+from microscale.spec.powers import with_powers
 from tests.kernels.wgmma_hazards import hazards, machine_code
 
 POINTERS = {"words": "*u8", "scales": "*u8", "outer": "*fp32", "bias": "*bf16", "out": "*bf16", "parts": "*fp32"}
-FORMATS = ("mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8")
+FORMATS = ("mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8", "fp8_row")
 ROWS = (32, 64, 128)
 
 
 def compiled(name, rows, out, bias):
     """The facts of one kernel."""
-    fmt, cut = ms.find_format(name), fragments_wide.cut_of(rows, 8192, 132)
-    known = fragments_wide.constants_of(fmt, cut.rows, cut.units, int(fmt.outer_scale is not None), bias)
+    fmt, cut = ms.find_format(name).for_row(8192), fragments_wide.cut_of(rows, 8192, 132)
+    outer = int(fmt.outer_scale is not None)
+    if fragments.has_row_scales(fmt):  # as kernels get it
+        fmt, outer = with_powers(fmt), 2
+    known = fragments_wide.constants_of(fmt, cut.rows, cut.units, outer, bias)
     kernel, options = jit_fragments_wide.matmul_wide, {"num_warps": 4, "enable_fp_fusion": False}
     options |= fragments_wide.CHAINED
     known = {name: value for name, value in known.items() if name not in fragments_wide.CHAINED}

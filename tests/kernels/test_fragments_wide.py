@@ -6,6 +6,7 @@ import torch
 import microscale as ms
 from microscale.kernels.triton import fragments, fragments_wide
 from microscale.kernels.triton.fragments_wide import Cut
+from microscale.ops.late import late
 from tests.kernels.processes import lines
 from tests.kernels.products import check, parts
 from tests.kernels.test_fragments import FITTING, chosen, weight
@@ -91,7 +92,7 @@ def test_on_a_gpu(name):
         assert torch.equal(got, ms.matmul(x, made.t(), bias, dtype))
         for programs in (1, 3, 7, 1000):
             cut = Cut(fragments_wide.cut_of(rows, 448, 132).rows, 2, programs)
-            other = fragments_wide.run(x, parts(made.t()), None, torch.float32, cut)
+            other = fragments_wide.run(x, late(parts(made.t()), -2), None, torch.float32, cut)
             check(other, x, q.t(), None, torch.float32)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import microscale as ms
 from microscale.kernels.cublas import exact, library, operands, two_pass
+from microscale.ops.late import late
 from microscale.testing import assert_same_bits
 from tests.kernels.processes import lines
 from tests.kernels.products import check, parts
@@ -340,3 +341,17 @@ def test_kernels_around_the_product_interpreted():
 def test_kernels_around_the_product_compile(capability):
     found = lines("tests.kernels.epilogue_cases", str(capability))
     assert len(found) == 4 and not any(row["fma"] for row in found)  # every operation rounds as in torch
+
+
+def test_it_takes_prepared_rows_of_one_scale(calls):
+    """Decoded as codes, whole or in pieces, contracted along rows or across them."""
+    q = ms.quantize(torch.randn(192, 256).bfloat16(), "fp8_row")
+    made = ms.prepare(q)
+    x, y = torch.randn(5, 256).bfloat16(), torch.randn(5, 192).bfloat16()
+    check(two_pass.two_pass(x, late(parts(made.t()), -2), None, torch.float32), x, q.t())
+    assert len(calls) == 1
+    check(two_pass.two_pass(y, late(parts(made), -2), None, torch.float32), y, q)
+    _, side, _ = operands.sides(y, late(parts(made), -2))
+    assert side.step == 256  # which is all of it
+    (term,) = side.terms(operands.Cut(0, 1, 0, 256), torch.float32, 1)
+    assert_same_bits(term.values[0], q.dequantize(torch.float32).t())

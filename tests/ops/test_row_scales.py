@@ -1,6 +1,7 @@
 """One FP32 scale per row, from end to end: quantize, every door, products, and how kernels get such operands."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from microscale.errors import InputError, UnsupportedOpError
 from microscale.kernels.reference.matmul import Parts
 from microscale.nn.layers import QuantizedLinear
 from microscale.ops import late, library
+from microscale.spec.powers import ONE
 from microscale.testing import assert_same_bits, assert_same_quantized
 
 SPEC = ms.find_quantizer("fp8_row")
@@ -119,7 +121,7 @@ def test_the_scale_of_a_row_multiplies_the_sums(monkeypatch):
     first, second = seen[-1][:2]
     for part, q, axis in ((first, a, -1), (second, b.t(), -2)):
         assert isinstance(part, Parts) and part.axis == axis and part.format.name == "fp8_row[block=48]"
-        assert part.format.scale.exponent_only and bool((part.scale == late.ONE).all())
+        assert part.format.scale.exponent_only and bool((part.scale == ONE).all())
         assert_same_bits(part.outer_scale, q.scale)
         torch.testing.assert_close(part.dequantize(torch.float32), q.dequantize(), rtol=1e-6, atol=0)
     exact = a.dequantize().double() @ b.dequantize().double().t()
@@ -168,6 +170,53 @@ def test_grouped_and_reference_products():
     plain = [a.dequantize()[i] @ b.dequantize()[g].t() for i, g in ((0, 0), (1, 0), (2, 2), (3, 2), (4, 2))]
     torch.testing.assert_close(got[:5], torch.stack(plain), rtol=1e-5, atol=1e-5)
     assert not got[5].any()
+
+
+# -- prepared weights --------------------------------------------------------------------------------------------------
+
+
+def test_a_prepared_weight_gives_what_the_plain_one_gives(monkeypatch):
+    """In both orders of dimensions, by every operation; kernels get its scales as an outer one."""
+    q = ms.quantize(torch.randn(128, 256).bfloat16(), "fp8_row")
+    made = ms.prepare(q)
+    assert made.scale_layout == "fragments" and made.scale.dtype == torch.float32
+    for m in (1, 33):
+        x, y = torch.randn(m, 256).bfloat16(), torch.randn(m, 128).bfloat16()
+        assert_same_bits(torch.nn.functional.linear(x, made), torch.nn.functional.linear(x, q))
+        assert_same_bits(ms.matmul(y, made), ms.matmul(y, q))
+    assert_same_bits(torch.cat([made, made]).dequantize(), torch.cat([q, q]).dequantize())
+    seen = given(monkeypatch)
+    torch.nn.functional.linear(x, made)
+    part = seen[-1][1]
+    assert part.layout == "fragments" and bool((part.scale == ONE).all()) and part.scale.shape == (1, 128)
+    assert_same_bits(part.outer_scale, q.scale.t())
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(1, "fragments"), (64, "fragments_wide"), (300, "fragments_wide")])
+def test_few_rows_read_it_in_its_own_bits(rows, wanted):
+    fmt = SPEC.for_row(4096).format
+    b = late.describe((4096, 8192), fmt, -2, -2, "fragments", None)
+    left = dispatch.Operand((rows, 4096), "bfloat16")
+    problem = dispatch.Problem("matmul", (left, b), "cuda", (9, 0), None, "bfloat16")
+    assert dispatch.explain_problem(problem).chosen == f"triton.matmul_{wanted}"
+    scaled = late.describe((rows, 4096), fmt, -1, -1, "strided", None)
+    problem = dispatch.Problem("matmul", (scaled, b), "cuda", (9, 0), None, "bfloat16")
+    assert dispatch.explain_problem(problem).chosen.startswith("triton.matmul_fragments_scaled")
+
+
+def test_fp8_tensor_cores_take_rows_as_they_lie(monkeypatch):
+    """So for quantized activations a weight of rows stays in the plain layout."""
+    monkeypatch.setattr(sys.modules["microscale.ops.prepare"], "decodes_on", lambda device: True)
+    q = ms.quantize(torch.randn(128, 256).bfloat16(), "fp8_row")
+    assert ms.prepare(q, quantized_activations=True).scale_layout == "strided"
+    assert ms.prepare(ms.quantize(q.dequantize(), "mxfp8"), quantized_activations=True).scale_layout == "fragments"
+
+
+def test_ones_of_a_capture_are_not_kept(monkeypatch):
+    """Memory that a graph's capture gave out may be written by its replays."""
+    monkeypatch.setattr(late, "_ones", {})
+    kept = late._one(torch.device("cpu"))
+    assert late._one(torch.device("cpu")) is kept and int(kept) == ONE
 
 
 # -- the recipe --------------------------------------------------------------------------------------------------------

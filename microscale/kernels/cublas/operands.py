@@ -122,7 +122,8 @@ class Side:
             return 1
         swizzled = self.layout == layout.SWIZZLED
         if self.layout == layout.FRAGMENTS:
-            return fragments.DEPTH if self.across else fragments.ROWS
+            part = fragments.DEPTH if self.format.block < fragments.DEPTH else self.format.block
+            return part if self.across else fragments.ROWS
         if self.across:
             return self.format.block * (layout.TILE_COLUMNS if swizzled else 1)
         return layout.TILE_ROWS if swizzled else 1
@@ -174,7 +175,7 @@ class Side:
         if not self.across:
             return scale[:, cut.start : cut.stop]
         if self.layout == layout.FRAGMENTS:
-            return _tiles(scale, self.free, cut)
+            return scale if block >= fragments.DEPTH else _tiles(scale, self.free, cut)
         return scale[..., cut.start // block : -(-cut.stop // block)]
 
     def _swizzled(self, blobs: torch.Tensor, cut: Cut) -> torch.Tensor:

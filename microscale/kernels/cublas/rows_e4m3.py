@@ -65,6 +65,8 @@ def is_aligned(fmt: FormatSpec | None, one_block: bool) -> bool:
 
 
 def _takes(operand: Operand) -> bool:
+    if operand.one_block and operand.layout == layout.FRAGMENTS:  # its codes, in this order, are no rows
+        return False
     aligned = operand.layout == layout.STRIDED and is_aligned(operand.format, operand.one_block)
     return (aligned or reference.fits(operand.format)) and operand.outer in (None, "scalar", "vector")
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from microscale.numerics.fragments import DEPTH
 from microscale.spec.format import FormatSpec
 
 SHIPPED = Path(__file__).parent / "tunings"
@@ -37,7 +38,8 @@ class Tuning(NamedTuple):
 
 def key_of(fmt: FormatSpec, eights: int, columns: int, depth: int) -> str:
     """Return what a measurement is filed under: bits of an element, block, rows of x / 8, and the weight's shape."""
-    return f"{fmt.element.width}/{fmt.block} {eights} {columns}x{depth}"
+    block = fmt.block if fmt.block < DEPTH else 32  # of whole rows there are no scales to read: as the nearest
+    return f"{fmt.element.width}/{block} {eights} {columns}x{depth}"
 
 
 def slug(device_name: str) -> str:

@@ -27,6 +27,7 @@ from microscale.kernels.triton.launch import launch
 from microscale.numerics import layout
 from microscale.numerics.fragments import DEPTH, ROWS
 from microscale.spec.format import FormatSpec
+from microscale.spec.powers import with_powers
 
 MOST_ROWS = 64  # of x; above, tensor cores are what counts
 
@@ -69,7 +70,7 @@ def constants_of(fmt: FormatSpec, tuning: Tuning, eights: int, outer: int, bias:
     low, high = ptx_decode.decoder(fmt, 0), ptx_decode.decoder(fmt, 2 if held == 2 else 0)
     mma, mma_in = ptx_decode.mma()
     return {
-        "UNITS": tuning.units, "HELD": held, "WIDTH": fmt.element.width, "BLOCK": fmt.block, "NT": eights,
+        "UNITS": tuning.units, "HELD": held, "WIDTH": fmt.element.width, "BLOCK": min(fmt.block, DEPTH), "NT": eights,
         "WN": tuning.across, "WK": tuning.along, "MOST": most, "OUTER": outer, "BIAS": bias,
         "DROP": float(2**low.drop), "DECODE": low.assembly, "DECODE_NEXT": high.assembly,
         "DECODE_IN": low.constraints, "MMA": mma, "MMA_IN": mma_in,
@@ -174,24 +175,29 @@ def outer_of(scale: torch.Tensor | None, columns: int, other: torch.Tensor) -> t
     return (scale, 1) if scale.numel() == 1 else (scale.reshape(-1).expand(columns).contiguous(), 2)
 
 
+def has_row_scales(fmt: FormatSpec) -> bool:
+    """Return True for a format in layout fragments with an FP32 scale for each row, and no others."""
+    return fmt.scale.torch_dtype == "float32"
+
+
 _DEQUANTIZE_WARPS = 4
 
 
 @functools.lru_cache(maxsize=64)
 def _dequantize_constants(fmt: FormatSpec) -> dict[str, Any]:
-    held = 4 if fmt.element.width == 6 else 2
+    held, fmt = 4 if fmt.element.width == 6 else 2, with_powers(fmt) if has_row_scales(fmt) else fmt
     low, high = (ptx_decode.decoder(fmt, first, True) for first in (0, 2 if held == 2 else 0))
     return {
-        "HELD": held, "WIDTH": fmt.element.width, "BLOCK": fmt.block, "WARPS": _DEQUANTIZE_WARPS,
+        "HELD": held, "WIDTH": fmt.element.width, "BLOCK": min(fmt.block, DEPTH), "WARPS": _DEQUANTIZE_WARPS,
         "DECODE": low.assembly, "DECODE_NEXT": high.assembly, "DECODE_IN": low.constraints,
     }  # fmt: skip
 
 
 def decode(qdata: torch.Tensor, scale: torch.Tensor, fmt: FormatSpec) -> torch.Tensor:
-    """Return bfloat16 [N, K] of qdata and scale in layout fragments, without the outer scale: exact."""
+    """Return bfloat16 [N, K] of qdata and scale in layout fragments, without FP32 scales, outer or of rows: exact."""
     from microscale.kernels.triton import jit_fragments
 
-    rows, depth = qdata.shape[0], scale.shape[1] * fmt.block
+    rows, depth = qdata.shape[0], qdata.shape[1] * 8 // fmt.element.width
     out = torch.empty(rows, depth, dtype=torch.bfloat16, device=qdata.device)
     constants, total = _dequantize_constants(fmt), rows // ROWS * (depth // DEPTH)
     args = (qdata, scale, out, total, depth // 2)
@@ -218,6 +224,7 @@ def dequantize(
 ) -> torch.Tensor:
     """Return values [N, columns]; arguments as `reference.dequantize`."""
     values = decode(qdata.contiguous(), scale.contiguous(), fmt)
+    outer_scale = scale if has_row_scales(fmt) else outer_scale  # no format has both
     if outer_scale is None:
         return values.to(out_dtype)
     wide = outer_scale if outer_scale.dim() == 0 or outer_scale.shape[-1] == 1 else None

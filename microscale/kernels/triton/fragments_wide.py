@@ -71,7 +71,7 @@ def constants_of(fmt: FormatSpec, rows: int, units: int, outer: int, bias: bool)
     held = 4 if fmt.element.width == 6 else 2
     low, high = ptx_decode.decoder(fmt, 0), ptx_decode.decoder(fmt, 2 if held == 2 else 0)
     return {
-        "UNITS": units, "HELD": held, "WIDTH": fmt.element.width, "BLOCK": fmt.block, "N": rows,
+        "UNITS": units, "HELD": held, "WIDTH": fmt.element.width, "BLOCK": min(fmt.block, DEPTH), "N": rows,
         "STAGES": stages_of(fmt, rows, units), "OUTER": outer, "BIAS": bias, "DROP": float(2**low.drop),
         "DECODE": low.assembly, "DECODE_NEXT": high.assembly, "DECODE_IN": low.constraints,
     } | CHAINED  # fmt: skip

@@ -26,7 +26,10 @@ def _load(
         w = w + (gl.load(words + w_place + v * 128, eviction_policy="evict_first"),)
     s = ()
     for i in gl.static_range((UNITS + 1) // 2):
-        s = s + (gl.load(scales + place * (1024 // BLOCK) + scale_at + i, eviction_policy="evict_first"),)
+        if BLOCK < 64:
+            s = s + (gl.load(scales + place * (1024 // BLOCK) + scale_at + i, eviction_policy="evict_first"),)
+        else:
+            s = s + (lane * 0 + 0x7F7F7F7F,)
     return w, s
 
 
@@ -83,7 +86,7 @@ def matmul_fragments(
     x [M, K] bfloat16; words, scales: the weight in layout `fragments`, as bytes. OUTER: 0 none, 1 a number, 2 one per
     column. With MOST above 1, sums of the at most MOST parts go to parts FP32 [splits, M, N]; which program is the last
     of a tile, `arrived` says (see `arrivals.py`), and that one adds them up in their order. Else `out` has a matrix for
-    each part.
+    each part. BLOCK: of a scale; 64 if there are none but FP32 ones of rows, in `outer`.
     """
     x = x.to(gl.pointer_type(gl.int32), bitcast=True)
     words = words.to(gl.pointer_type(gl.int32), bitcast=True)
@@ -229,7 +232,10 @@ def dequantize_fragments(
             given = given + (
                 gl.load(words + (place * (WIDTH * 128) + lane * 4)[:, None] + four + (group * VECTORS + v) * 128),
             )
-        scale, _ = gl.broadcast(gl.load(scales + scale_at + group * HELD // 4)[:, None], given[0])
+        scale = lane * 0 + 0x7F7F7F7F  # 1 for each row
+        if BLOCK < 64:
+            scale = gl.load(scales + scale_at + group * HELD // 4)
+        scale, _ = gl.broadcast(scale[:, None], given[0])
         if group * HELD % 4 == 0:
             pairs = gl.inline_asm_elementwise(DECODE, DECODE_IN, given + (scale,), types, is_pure=True, pack=4)
         else:

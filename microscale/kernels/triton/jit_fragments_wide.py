@@ -40,16 +40,17 @@ def _fetch_w(
     w_from = words + (w_at + place * (WIDTH * 128))
     for v in gl.static_range(VECTORS):
         async_copy.async_copy_global_to_shared(w_shared[v].index(stage), w_from + v * 128)
-    s_from = scales + (s_at + place * (1024 // BLOCK))
-    for v in gl.static_range(VECTORS * 2 // WIDTH):
-        async_copy.async_copy_global_to_shared(s_shared[v].index(stage), s_from + v)
+    if BLOCK < 64:
+        s_from = scales + (s_at + place * (1024 // BLOCK))
+        for v in gl.static_range(VECTORS * 2 // WIDTH):
+            async_copy.async_copy_global_to_shared(s_shared[v].index(stage), s_from + v)
     async_copy.commit_group()
 
 
 @gluon.jit
 def _decode(
     w_shared, s_shared, stage, flat: gl.constexpr, GROUP: gl.constexpr, HELD: gl.constexpr, WIDTH: gl.constexpr,
-    DECODE: gl.constexpr, DECODE_NEXT: gl.constexpr, DECODE_IN: gl.constexpr,
+    BLOCK: gl.constexpr, DECODE: gl.constexpr, DECODE_NEXT: gl.constexpr, DECODE_IN: gl.constexpr,
 ):  # fmt: skip
     """Read a group of vectors of this thread, and decode it: eight bfloat16 tensors [threads, 4] for each unit."""
     per_group: gl.constexpr = HELD * WIDTH // 8
@@ -57,7 +58,10 @@ def _decode(
     given = ()
     for v in gl.static_range(per_group):
         given = given + (w_shared[GROUP * per_group + v].index(stage).load(flat),)
-    scale = s_shared[GROUP * HELD // 4].index(stage).load(gl.SliceLayout(1, flat))
+    if BLOCK < 64:
+        scale = s_shared[GROUP * HELD // 4].index(stage).load(gl.SliceLayout(1, flat))
+    else:  # 1 for each row
+        scale = gl.full([given[0].shape[0]], 0x7F7F7F7F, gl.int32, gl.SliceLayout(1, flat))
     word, _same = gl.broadcast(scale[:, None], given[0])
     given = given + (word,)
     if GROUP * HELD % 4 == 0:
@@ -93,7 +97,8 @@ def matmul_wide(
 
     A tile is N rows of x and 64 * UNITS columns of the result, a step 64 of K; tiles_x counts tiles of x. Program p
     takes steps [p, p + 1) * each of `total`, those of all tiles. Where it has a tile's steps only in part, its FP32
-    sums go to parts [program, 2, UNITS, 64, N]: those of a tile's first steps to the second place.
+    sums go to parts [program, 2, UNITS, 64, N]: those of a tile's first steps to the second place. BLOCK: of a scale;
+    64 if there are none but FP32 ones of rows, in `outer`.
     """
     words = words.to(gl.pointer_type(gl.int32), bitcast=True)
     scales = scales.to(gl.pointer_type(gl.int32), bitcast=True)
@@ -110,7 +115,7 @@ def matmul_wide(
     for _v in gl.static_range(VECTORS):  # each its own, so that the compiler sees that copies do not meet
         w_shared = w_shared + (gl.allocate_shared_memory(gl.int32, [STAGES, T, 4], rows_of_four),)
     s_shared = ()
-    for _v in gl.static_range(UNITS // 2):
+    for _v in gl.static_range(UNITS // 2 if BLOCK < 64 else 0):
         s_shared = s_shared + (gl.allocate_shared_memory(gl.int32, [STAGES, T], words_of_lane),)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -158,7 +163,7 @@ def matmul_wide(
             if GROUPS == 1:  # ptxas would decode into registers that the product in flight still reads
                 before, _late_a = warpgroup_mma_wait(0, deps=(late, late_a))
             for group in gl.static_range(GROUPS):
-                a = _decode(w_shared, s_shared, stage, flat, group, HELD, WIDTH, DECODE, DECODE_NEXT, DECODE_IN)
+                a = _decode(w_shared, s_shared, stage, flat, group, HELD, WIDTH, BLOCK, DECODE, DECODE_NEXT, DECODE_IN)
                 if group == 0:
                     mbarrier.wait(full.index(stage), phase)
                 for half in gl.static_range(HELD // 2):
