@@ -15,6 +15,7 @@ from microscale.numerics import layout
 from microscale.numerics.hadamard import hadamard
 from microscale.ops import api, direct, graph, library
 from microscale.ops.api import INPUT_DTYPES, dequantize, quantize
+from microscale.ops.late import late
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor, Meta, bare
 
@@ -77,13 +78,19 @@ def _kept(q: BlockScaledTensor, shape: torch.Size) -> tuple[Parts, library.Facts
 
 
 def _keep_turned(q: BlockScaledTensor, shape: torch.Size) -> tuple[Parts, library.Facts]:
-    """Return the transposed parts of a matrix, and what selection depends on. Only for parts that are plain tensors."""
+    """Return the transposed parts of a matrix as kernels get them, and what selection depends on.
+
+    Only for parts that are plain tensors.
+    """
     qdata, scale, outer, meta = q.qdata, q.scale, q.outer_scale, q.meta
     same = qdata.data, scale.data, None if outer is None else outer.data  # no views, which would hold the parts
     size = shape[meta.axis]
-    parts = Parts(*_turned(*same, meta), meta.format, -3 - meta.axis, size, meta.layout, meta.exact_rows)
+    made = Parts(*_turned(*same, meta), meta.format, -3 - meta.axis, size, meta.layout, meta.exact_rows)
+    parts = late(made, -2)
     facts = library._facts(parts, -2)
-    if qdata.device.type in _COMPARED:
+    # What `late` makes while a graph is captured is only there once that is replayed.
+    captured = parts is not made and qdata.is_cuda and torch.cuda.is_current_stream_capturing()
+    if qdata.device.type in _COMPARED and not captured:
         q._turned = (qdata, scale, outer, meta, shape, *same, parts, facts)
     return parts, facts
 

@@ -261,12 +261,12 @@ def matmul(
     """Run the kernel that the dispatcher selects; arguments and result as `reference.matmul`.
 
     With a residual, whose shape is the result's, the kernel gives FP32, and one pass adds and rounds. `facts_b`: what
-    `_facts(b, -2)` gives, of who has it at hand.
+    `_facts(b, -2)` gives, of who has it at hand, and b as `late` makes it.
     """
     if type(a) is Parts and a.size <= a.format.block:
         a = late(a, -1)
-    if type(b) is Parts and b.size <= b.format.block:
-        b, facts_b = late(b, -2), None
+    if facts_b is None and type(b) is Parts:
+        b = late(b, -2)
     added = None if bias is None else (bias.shape, bias.dtype)
     asked, rounded = (out_dtype, None) if residual is None else (torch.float32, out_dtype)
     facts_b = _facts(b, -2) if facts_b is None else facts_b

@@ -321,6 +321,14 @@ def test_overhead_suite():
     assert report.environment["torch"] == torch.__version__ and "host" in report.environment
 
 
+def test_calls_are_timed_in_turns(monkeypatch):
+    """A host that becomes slower changes what a call takes, and not how much longer than another."""
+    clock, calls = overhead._Clock(torch.device("cpu"), 5), []
+    monkeypatch.setattr(clock, "_sample", lambda call: call() + 100.0 * len(calls))
+    timing, over = clock.beside(lambda: calls.append(1) or 8.0, lambda: 5.0)
+    assert over == 3.0 and timing.us == 8.0 + 100 * 6 and len(calls) == 3 + 5
+
+
 @pytest.mark.parametrize("fmt", ["nvfp4", "fp8_row"])
 def test_parts_of_a_layers_kernel(fmt):
     """The kernel is called as the layer calls it; what a GPU's rows have is timed here without launches."""
