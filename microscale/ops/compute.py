@@ -15,7 +15,7 @@ from microscale.numerics import layout
 from microscale.numerics.hadamard import hadamard
 from microscale.ops import api, direct, graph, library
 from microscale.ops.api import INPUT_DTYPES, dequantize, quantize
-from microscale.ops.late import late
+from microscale.ops.late import late_parts
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor, Meta, bare
 
@@ -86,7 +86,7 @@ def _keep_turned(q: BlockScaledTensor, shape: torch.Size) -> tuple[Parts, librar
     same = qdata.data, scale.data, None if outer is None else outer.data  # no views, which would hold the parts
     size = shape[meta.axis]
     made = Parts(*_turned(*same, meta), meta.format, -3 - meta.axis, size, meta.layout, meta.exact_rows)
-    parts = late(made, -2)
+    parts = late_parts(made, -2)
     facts = library._facts(parts, -2)
     # What `late` makes while a graph is captured is only there once that is replayed.
     captured = parts is not made and qdata.is_cuda and torch.cuda.is_current_stream_capturing()

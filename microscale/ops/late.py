@@ -15,7 +15,7 @@ import dataclasses
 import torch
 
 from microscale import dispatch
-from microscale.kernels.reference.matmul import Operand
+from microscale.kernels.reference.matmul import Operand, Parts
 from microscale.numerics import layout
 from microscale.spec.format import FormatSpec
 from microscale.spec.powers import ONE, with_powers
@@ -30,7 +30,12 @@ def moves(fmt: FormatSpec, size: int, scale_layout: str, along: bool) -> bool:
 
 def late(x: Operand, contraction: int) -> Operand:
     """Return an operand that is contracted along -1 or -2 as kernels get it."""
-    if isinstance(x, torch.Tensor) or x.outer_scale is not None:
+    return x if isinstance(x, torch.Tensor) else late_parts(x, contraction)
+
+
+def late_parts(x: Parts, contraction: int) -> Parts:
+    """Return a block-scaled operand as `late` does."""
+    if x.outer_scale is not None:
         return x
     if not moves(x.format, x.size, x.layout, x.axis == contraction):
         return x
