@@ -5,7 +5,6 @@ import torch
 
 import microscale as ms
 from microscale.kernels.triton import fragments, fragments_wide
-from microscale.kernels.triton.fragments_wide import Cut
 from microscale.ops.late import late
 from tests.kernels.processes import lines
 from tests.kernels.products import check, parts
@@ -25,19 +24,22 @@ def test_who_gets_which_rows():
 
 @pytest.mark.parametrize("rows", [17, 32, 33, 64, 65, 128, 256, 500])
 @pytest.mark.parametrize("columns", [64, 4096, 8192, 14336, 28672, 28736])
-def test_cuts(rows, columns):
+@pytest.mark.parametrize("depth", [64, 4096, 28672])
+def test_cuts(rows, columns, depth):
     """No more programs than run at once, unless that is a program for each part of a tile."""
-    cut = fragments_wide.cut_of(rows, columns, 132)
-    assert rows <= cut.rows or cut.rows == 128
-    assert cut.units in (2, 4) and 0 < cut.programs <= 396
-    tiles = -(-rows // cut.rows) * -(-columns // (64 * cut.units))
-    assert cut.programs % tiles == 0 or cut.programs == 132 * (2 if cut.rows == 128 else 3)
+    for name in ("mxfp4", "mxfp6"):
+        tile, programs = fragments_wide.cut_of(ms.find_format(name), rows, (columns, depth), 132)
+        assert rows <= tile.rows or tile.rows in (128, 256)
+        assert tile.units > 1 or name == "mxfp4"
+        assert tile.columns in (128, 256) and 0 < programs <= 132 * tile.resident
+        tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
+        assert programs % tiles == 0 or programs == 132 * tile.resident
 
 
 def test_before_and_after():
     """The order of x and the sums of shared tiles, by the interpreter."""
     found = lines("tests.kernels.wide_steps_cases", TRITON_INTERPRET="1")
-    assert len(found) == 6 and all(f["good"] for f in found), found
+    assert len(found) == 7 and all(f["good"] for f in found), found
 
 
 @pytest.mark.slow
@@ -45,12 +47,12 @@ def test_before_and_after():
 def test_it_compiles(name):
     """Without local memory; products in flight while the next operand is decoded, none of which loses its operand."""
     found = lines("tests.kernels.compiled_fragments_wide", name)
-    assert len(found) == 6
+    assert len(found) == 12
     for f in found:
         assert not f["hazards"] and f["local"] == 0 and not f["serialized"] and f["mma"] >= 8 and f["copies"], f
         assert f["waits"], f
-        resident = 2 if f["rows"] == 128 else 3
-        assert f["registers"] * 128 * resident <= 65536 and (f["shared"] + 1024) * resident <= 228 << 10, f
+        resident = f["resident"]
+        assert f["registers"] * f["threads"] * resident <= 65536 and (f["shared"] + 1024) * resident <= 228 << 10, f
 
 
 HAZARD = """
@@ -84,16 +86,20 @@ def test_on_a_gpu(name):
     q = weight(name, 448, 1024, "cuda")
     made = ms.prepare(q)
     bias = torch.randn(448, device="cuda").to(torch.bfloat16)
-    for rows, dtype in ((17, torch.bfloat16), (32, torch.float32), (64, torch.float16), (300, torch.float32)):
+    for rows, dtype in (
+        (17, torch.bfloat16), (32, torch.float32), (64, torch.float16), (256, torch.bfloat16), (300, torch.float32),
+        (470, torch.bfloat16),
+    ):  # fmt: skip
         x = torch.randn(rows, 1024, device="cuda").to(torch.bfloat16)
         assert ms.explain("matmul", x, made).chosen == "triton.matmul_fragments_wide"
         got = ms.matmul(x, made.t(), bias, dtype)
         check(got, x, q.t(), bias, dtype)
         assert torch.equal(got, ms.matmul(x, made.t(), bias, dtype))
         for programs in (1, 3, 7, 1000):
-            cut = Cut(fragments_wide.cut_of(rows, 448, 132).rows, 2, programs)
-            other = fragments_wide.run(x, late(parts(made.t()), -2), None, torch.float32, cut)
-            check(other, x, q.t(), None, torch.float32)
+            for sms in (1, 132):
+                cut = fragments_wide.cut_of(q.format, rows, (448, 1024), sms)._replace(programs=programs)
+                other = fragments_wide.run(x, late(parts(made.t()), -2), None, torch.float32, cut)
+                check(other, x, q.t(), None, torch.float32)
 
 
 @pytest.mark.gpu

@@ -1,12 +1,13 @@
 """GEMM of some tens to hundreds of rows of bfloat16 with a weight in layout `fragments`, on Hopper (sm_90).
 
 The weight is the A operand of `wgmma`, decoded in the registers that hold it, so that nothing of it crosses shared
-memory decoded; x is the B operand, which the copy engine brings to shared memory and tensor cores read there. A program
-is one warpgroup, two or three to an SM, so that one decodes while another multiplies: of a step of 64 of K, 128 columns
-by 128 rows take the tensor cores 512 cycles, and decoding 128 columns of 4 bits some 220 instructions of each of four
-warps. Tiles seldom fill the last wave of SMs, so steps are dealt out evenly to as many programs as run at once, to
-whatever tiles they belong (stream-K); a second kernel adds the FP32 sums of tiles that programs share, in one order, so
-that results repeat bit for bit.
+memory decoded; x is the B operand, which the copy engine brings to shared memory and tensor cores read there. Programs
+are one or two warpgroups, as many to an SM as fit it, so that one decodes while another multiplies; and each has a
+product in flight, or two, while it decodes: of a step of 64 of K, 128 columns by 128 rows take the tensor cores 512
+cycles, and decoding 128 columns of 4 bits some 220 instructions of each of four warps. Tiles seldom fill the last wave
+of SMs, so steps are dealt out evenly to as many programs as run at once, to whatever tiles they belong (stream-K), to
+neighbours with other rows of x the same ones; a second kernel adds the FP32 sums of tiles that programs share, in one
+order, so that results repeat bit for bit.
 
 Error: decoded operands are exact; FP32 accumulation, outer scale and bias in FP32, one rounding.
 """
@@ -29,57 +30,88 @@ from microscale.spec.format import FormatSpec
 LEAST_ROWS, MOST_ROWS = 17, 512  # of x; above, decoding beforehand costs less than decoding for each tile of x
 SHARED = 227 << 10  # bytes of shared memory of an SM that programs can have, 1 KiB of each for the system
 FULL = 0.8  # of the programs that run at once: from this on tiles are cut into equal parts
+FEW = 100  # steps of tiles of 128 columns for each SM: up to this each program has so few that they are cut otherwise
 BOUND = "FP32 accumulation over exact operands, one rounding; repeats bit for bit"
 
 
-class Cut(NamedTuple):
-    """A tile has `rows` of x and 64 * units columns of the result; `programs` share the steps of all tiles."""
+class Tile(NamedTuple):
+    """Rows of x; warps of a program and units of 16 columns of each; programs that fit an SM, and steps in flight."""
 
     rows: int
+    warps: int
     units: int
+    resident: int
+    stages: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of the result."""
+        return 16 * self.warps * self.units
+
+
+# As measured on an H200. Decoding is a chain of instructions that takes as long as what it feeds takes to multiply, so
+# more warps, or more rows for what is decoded, go before traffic: with 256 rows a warp decodes half as much for each
+# product as with 128. Six bits decode two units at once.
+TILES = {32: Tile(32, 4, 2, 4, 4), 64: Tile(64, 4, 2, 3, 4), 128: Tile(128, 4, 2, 2, 4), 256: Tile(256, 8, 1, 1, 4)}
+SHORT_TILES = {64: Tile(64, 8, 1, 2, 5), 128: Tile(128, 8, 1, 1, 6)}  # for few steps
+SIX_TILES = {32: Tile(32, 4, 4, 3, 4), 256: Tile(128, 4, 2, 2, 4)}
+
+
+class Cut(NamedTuple):
+    """`programs` share the steps of all tiles."""
+
+    tile: Tile
     programs: int
 
 
 @functools.lru_cache(maxsize=4096)
-def cut_of(rows: int, columns: int, sms: int) -> Cut:
-    """Return the cut for x [rows, K], a weight [columns, K] and a number of SMs, as measured on an H200.
+def cut_of(fmt: FormatSpec, rows: int, shape: tuple[int, int], sms: int) -> Cut:
+    """Return the cut for x [rows, K], a weight of this shape, [N, K], and a number of SMs.
 
-    Two or three programs fit an SM by their registers. Where so many parts of tiles, each tile in equal ones, nearly
-    fill them, those are taken; else every program has an equal share of the steps.
+    Where so many parts of tiles, each tile in equal ones, nearly fill the GPU, those are taken; else every program has
+    an equal share of the steps.
     """
-    tile, units = (32, 4) if rows <= 32 else (64, 2) if rows <= 64 else (128, 2)
-    tiles = -(-rows // tile) * -(-columns // (64 * units))
-    places = resident_of(tile) * sms
+    columns, depth = shape
+    size = 32 if rows <= 32 else 64 if rows <= 64 else 128 if -(-rows // 128) % 2 else 256
+    tile = TILES[size]
+    if held_by(fmt) == 4:
+        tile = SIX_TILES.get(size, tile)
+    elif -(-rows // tile.rows) * -(-columns // 128) * (depth // DEPTH) <= FEW * sms:
+        tile = SHORT_TILES.get(size, tile)
+    tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
+    places = tile.resident * sms
     parts = tiles * (places // tiles)
-    return Cut(tile, units, parts if parts >= FULL * places else places)
+    return Cut(tile, parts if parts >= FULL * places else places)
 
 
-def resident_of(tile: int) -> int:
-    """Return how many programs with `tile` rows of x fit an SM, by the registers they need."""
-    return 2 if tile == 128 else 3
+def held_by(fmt: FormatSpec) -> int:
+    """Return the rows of 8 that a lane's vectors hold: a unit has 2, and 6 bits need 4 to fill whole vectors."""
+    return 4 if fmt.element.width == 6 else 2
 
 
-def stages_of(fmt: FormatSpec, rows: int, units: int) -> int:
-    """Return the steps that shared memory holds: four, three where else fewer programs fit an SM."""
-    step = rows * DEPTH * 2 + units * 16 * 4 * DEPTH * fmt.element.width // 8 + units * 256
-    return max(3, min(4, (SHARED // resident_of(rows) - 2048) // step))
+def stages_of(fmt: FormatSpec, tile: Tile) -> int:
+    """Return the steps that shared memory holds, where else fewer programs fit an SM; at least three."""
+    scales = (tile.units + 1) // 2 * 128 * tile.warps
+    step = tile.rows * DEPTH * 2 + tile.columns * DEPTH * fmt.element.width // 8 + scales
+    return max(3, min(tile.stages, (SHARED // tile.resident - 2048) // step))
 
 
 @functools.lru_cache(maxsize=1024)
-def constants_of(fmt: FormatSpec, rows: int, units: int, outer: int, bias: bool) -> dict[str, Any]:
+def constants_of(fmt: FormatSpec, tile: Tile, outer: int, bias: bool) -> dict[str, Any]:
     """Return the constants of `matmul_wide`; `outer`: 0 none, 1 a number, 2 one per column of the result."""
-    held = 4 if fmt.element.width == 6 else 2
+    held = held_by(fmt)
     low, high = ptx_decode.decoder(fmt, 0), ptx_decode.decoder(fmt, 2 if held == 2 else 0)
     return {
-        "UNITS": units, "HELD": held, "WIDTH": fmt.element.width, "BLOCK": min(fmt.block, DEPTH), "N": rows,
-        "STAGES": stages_of(fmt, rows, units), "OUTER": outer, "BIAS": bias, "DROP": float(2**low.drop),
-        "DECODE": low.assembly, "DECODE_NEXT": high.assembly, "DECODE_IN": low.constraints,
+        "WARPS": tile.warps, "UNITS": tile.units, "HELD": held, "WIDTH": fmt.element.width,
+        "BLOCK": min(fmt.block, DEPTH), "N": tile.rows, "STAGES": stages_of(fmt, tile), "OUTER": outer, "BIAS": bias,
+        "DROP": float(2**low.drop), "DECODE": low.assembly, "DECODE_NEXT": high.assembly, "DECODE_IN": low.constraints,
     } | CHAINED  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
-def _sum_constants(rows: int, units: int, outer: int, bias: bool, drop: float) -> dict[str, Any]:
-    return {"N": rows, "UNITS": units, "OUTER": outer, "BIAS": bias, "DROP": drop, "CHAIN": True} | CHAINED
+def _sum_constants(tile: Tile, outer: int, bias: bool, drop: float) -> dict[str, Any]:
+    made = {"N": tile.rows, "WARPS": tile.warps, "UNITS": tile.units, "OUTER": outer, "BIAS": bias, "DROP": drop}
+    return made | {"CHAIN": True} | CHAINED
 
 
 # Programmatic dependent launch: a kernel begins while the one before it ends, and waits for that where it needs it.
@@ -108,7 +140,7 @@ def matmul(a: KernelOperand, b: KernelOperand, bias: torch.Tensor | None, out_dt
     """Return a [..., M, K] @ b [K, N] + bias; arguments and result as `reference.matmul`."""
     assert isinstance(a, torch.Tensor) and isinstance(b, Parts)
     x, columns = (a if a.dim() == 2 else a.reshape(-1, a.shape[-1])).contiguous(), b.qdata.shape[-1]
-    cut = cut_of(x.shape[0], columns, properties.multiprocessors(x.device))
+    cut = cut_of(b.format, x.shape[0], (columns, x.shape[1]), properties.multiprocessors(x.device))
     out = run(x, b, bias, out_dtype, cut)
     return out if a.dim() == 2 else out.view(*a.shape[:-1], columns)
 
@@ -119,26 +151,29 @@ def run(x: torch.Tensor, b: Parts, bias: torch.Tensor | None, out_dtype: torch.d
 
     from microscale.kernels.triton import jit_fragments_wide, jit_wide_steps
 
-    (rows, depth), columns = x.shape, b.qdata.shape[-1]
+    tile, (rows, depth), columns = cut.tile, x.shape, b.qdata.shape[-1]
     outer, outer_kind = fragments.outer_of(b.outer_scale, columns, x)
     bias = None if bias is None else bias.expand(columns).contiguous()
     added = x if bias is None else bias
     x = x.clone() if x.data_ptr() % 16 else x
-    ordered = torch.empty_like(x)
+    # Whole tiles: the copy engine takes longer where it has to fill up. What rows that are too many give is not stored.
+    steps, tiles_x = depth // DEPTH, -(-rows // tile.rows)
+    ordered = torch.empty(tiles_x * tile.rows, depth, dtype=x.dtype, device=x.device)
     pairs = rows * depth // 2
     launch(jit_wide_steps.order_pairs, -(-pairs // _ORDER["SIZE"]), (x, ordered, pairs), _ORDER, 4)
-    x_tiles = TensorDescriptor(ordered, [rows, depth], [depth, 1], [cut.rows, DEPTH], jit_fragments_wide.X_LAYOUT)
-    steps, tiles_x = depth // DEPTH, -(-rows // cut.rows)
-    tiles = tiles_x * -(-columns // (64 * cut.units))
-    total = tiles * steps
-    each = -(-total // min(cut.programs, total))
-    programs = -(-total // each)
+    x_tiles = TensorDescriptor(
+        ordered, list(ordered.shape), [depth, 1], [tile.rows, DEPTH], jit_fragments_wide.X_LAYOUT
+    )
+    tiles_w = -(-columns // tile.columns)
+    total = tiles_w * steps
+    each = -(-total // max(1, min(cut.programs // tiles_x, total)))
+    programs = tiles_x * -(-total // each)
     shared = each % steps != 0
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
     parts = x
     if shared:
-        parts = torch.empty(programs * 128 * cut.units * cut.rows, dtype=torch.float32, device=x.device)
-    constants = constants_of(b.format, cut.rows, cut.units, outer_kind, bias is not None)
+        parts = torch.empty(programs * 2 * tile.columns * tile.rows, dtype=torch.float32, device=x.device)
+    constants = constants_of(b.format, tile, outer_kind, bias is not None)
     args: tuple[Any, ...] = (
         x_tiles,
         b.qdata,
@@ -154,9 +189,9 @@ def run(x: torch.Tensor, b: Parts, bias: torch.Tensor | None, out_dtype: torch.d
         total,
         each,
     )
-    launch(jit_fragments_wide.matmul_wide, programs, args, constants, 4)
+    launch(jit_fragments_wide.matmul_wide, programs, args, constants, tile.warps)
     if shared:
-        last = _sum_constants(cut.rows, cut.units, outer_kind, bias is not None, constants["DROP"])
+        last = _sum_constants(tile, outer_kind, bias is not None, constants["DROP"])
         args = (parts, outer, added, out, rows, columns, steps, tiles_x, each)
-        launch(jit_wide_steps.add_tiles, tiles * 4 * cut.units, args, last, 4)
+        launch(jit_wide_steps.add_tiles, tiles_x * tiles_w * tile.columns // 16, args, last, 4)
     return out

@@ -24,32 +24,32 @@ X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)  # of a tile of x in shared memory
 
 
 @gluon.jit
-def _fetch_x(x, x_shared, full, stage, step, last, x_row, N: gl.constexpr):
-    """Begin to copy a step's tile of x; nothing where there is no further step."""
-    mbarrier.expect(full.index(stage), N * 128, pred=step < last)
-    tma.async_copy_global_to_shared(x, [x_row, step * 64], full.index(stage), x_shared.index(stage), pred=step < last)
+def _fetch_x(x, x_shared, full, stage, step, last, stop, x_row, beyond, N: gl.constexpr):
+    """Begin to copy a step's tile of x; from the last step on what is `beyond`, zeros; from `stop` on nothing."""
+    place = gl.where(step < last, x_row, beyond)
+    mbarrier.expect(full.index(stage), N * 128, pred=step < stop)
+    tma.async_copy_global_to_shared(x, [place, step * 64], full.index(stage), x_shared.index(stage), pred=step < stop)
 
 
 @gluon.jit
 def _fetch_w(
-    words, scales, w_shared, s_shared, stage, step, last, w_at, s_at,
-    VECTORS: gl.constexpr, WIDTH: gl.constexpr, BLOCK: gl.constexpr,
+    words, scales, w_shared, s_shared, stage, step, last, w_at, s_at, WIDTH: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Begin to copy what this thread will read itself of the weight and its scales, of the last step past it."""
     place = gl.minimum(step, last - 1)
     w_from = words + (w_at + place * (WIDTH * 128))
-    for v in gl.static_range(VECTORS):
+    for v in gl.static_range(len(w_shared)):
         async_copy.async_copy_global_to_shared(w_shared[v].index(stage), w_from + v * 128)
     if BLOCK < 64:
         s_from = scales + (s_at + place * (1024 // BLOCK))
-        for v in gl.static_range(VECTORS * 2 // WIDTH):
+        for v in gl.static_range(len(s_shared)):
             async_copy.async_copy_global_to_shared(s_shared[v].index(stage), s_from + v)
     async_copy.commit_group()
 
 
 @gluon.jit
 def _decode(
-    w_shared, s_shared, stage, flat: gl.constexpr, GROUP: gl.constexpr, HELD: gl.constexpr, WIDTH: gl.constexpr,
+    w_shared, s_shared, stage, byte, flat: gl.constexpr, GROUP: gl.constexpr, HELD: gl.constexpr, WIDTH: gl.constexpr,
     BLOCK: gl.constexpr, DECODE: gl.constexpr, DECODE_NEXT: gl.constexpr, DECODE_IN: gl.constexpr,
 ):  # fmt: skip
     """Read a group of vectors of this thread, and decode it: eight bfloat16 tensors [threads, 4] for each unit."""
@@ -59,7 +59,7 @@ def _decode(
     for v in gl.static_range(per_group):
         given = given + (w_shared[GROUP * per_group + v].index(stage).load(flat),)
     if BLOCK < 64:
-        scale = s_shared[GROUP * HELD // 4].index(stage).load(gl.SliceLayout(1, flat))
+        scale = s_shared[GROUP * HELD // 4].index(stage).load(gl.SliceLayout(1, flat)) >> byte
     else:  # 1 for each row
         scale = gl.full([given[0].shape[0]], 0x7F7F7F7F, gl.int32, gl.SliceLayout(1, flat))
     word, _same = gl.broadcast(scale[:, None], given[0])
@@ -73,40 +73,48 @@ def _decode(
 
 @gluon.jit
 def _operand(parts, layout: gl.constexpr):
-    """Eight bfloat16 tensors [threads, 4] -> the A operand [64, 64]: nothing moves but names of registers."""
+    """Eight bfloat16 tensors [threads, 4] -> the A operand [threads / 2, 64]: nothing moves but names of registers."""
+    WARPS: gl.constexpr = parts[0].shape[0] // 32
     made = ()
     for i in gl.static_range(8):
-        spread = parts[i].reshape([4, 8, 4, 2, 2]).permute([0, 3, 1, 2, 4])  # warp, row + 8, row, pair, half
-        made = made + (spread.reshape([64, 8]),)
+        spread = parts[i].reshape([WARPS, 8, 4, 2, 2]).permute([0, 3, 1, 2, 4])  # warp, row + 8, row, pair, half
+        made = made + (spread.reshape([16 * WARPS, 8]),)
     late0 = gl.join(made[0], made[1])
     late1 = gl.join(made[2], made[3])
     late2 = gl.join(made[4], made[5])
     late3 = gl.join(made[6], made[7])
     whole = gl.join(gl.join(late0, late1), gl.join(late2, late3))  # row, place, late, low bit of step, high bit
-    return gl.convert_layout(whole.permute([0, 4, 3, 2, 1]).reshape([64, 64]), layout, assert_trivial=True)
+    return gl.convert_layout(whole.permute([0, 4, 3, 2, 1]).reshape([16 * WARPS, 64]), layout, assert_trivial=True)
 
 
 @gluon.jit
 def matmul_wide(
     x, words, scales, outer, bias, out, parts, rows, columns, steps, tiles_x, total, each,
-    UNITS: gl.constexpr, HELD: gl.constexpr, WIDTH: gl.constexpr, BLOCK: gl.constexpr, N: gl.constexpr,
-    STAGES: gl.constexpr, OUTER: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr,
+    WARPS: gl.constexpr, UNITS: gl.constexpr, HELD: gl.constexpr, WIDTH: gl.constexpr, BLOCK: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, OUTER: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr,
     DECODE: gl.constexpr, DECODE_NEXT: gl.constexpr, DECODE_IN: gl.constexpr,
 ):  # fmt: skip
-    """out [M, columns] = x @ w.T for x [M, K], a descriptor of blocks [N, 64], as `order_pairs` leaves it.
+    """out [M, columns] = x @ w.T for x, a descriptor of blocks [N, 64] of [tiles_x * N, K], as `order_pairs` leaves it.
 
-    A tile is N rows of x and 64 * UNITS columns of the result, a step 64 of K; tiles_x counts tiles of x. Program p
-    takes steps [p, p + 1) * each of `total`, those of all tiles. Where it has a tile's steps only in part, its FP32
-    sums go to parts [program, 2, UNITS, 64, N]: those of a tile's first steps to the second place. BLOCK: of a scale;
-    64 if there are none but FP32 ones of rows, in `outer`.
+    A tile is N rows of x and 16 * WARPS * UNITS columns of the result, a step 64 of K; tiles_x counts tiles of x. For
+    each of them a program of group g takes steps [g, g + 1) * each of `total`, those of all tiles of columns:
+    neighbours read the same part of the weight at the same time, so all but one find it in the cache. Where a program
+    has a tile's steps only in part, its FP32 sums go to parts [program, 2, UNITS, 16 * WARPS, N]: those of a tile's
+    first steps to the second place. BLOCK: of a scale; 64 if there are none but FP32 ones of rows, in `outer`.
+
+    One product (of UNITS == 1, or where a group of vectors is all of a step's) or two are in flight while the next
+    operand is decoded, across steps too. Their operands' registers must stay as they are until then, which copies from
+    one turn of a loop to the next would break: so a turn is as many steps as bring every operand back to the same
+    registers (see tests/kernels/wgmma_hazards.py), and what is too many multiplies zeros.
     """
     words = words.to(gl.pointer_type(gl.int32), bitcast=True)
     scales = scales.to(gl.pointer_type(gl.int32), bitcast=True)
-    T: gl.constexpr = 128
+    T: gl.constexpr = 32 * WARPS
+    COLUMNS: gl.constexpr = 16 * WARPS  # of a unit of all warps
     VECTORS: gl.constexpr = UNITS * WIDTH // 4
-    flat: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
     line: gl.constexpr = gl.SliceLayout(1, flat)
-    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     x_shared = gl.allocate_shared_memory(gl.bfloat16, [STAGES, N, 64], gl.NVMMASharedLayout(128, 16, 2))
     rows_of_four: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -115,7 +123,7 @@ def matmul_wide(
     for _v in gl.static_range(VECTORS):  # each its own, so that the compiler sees that copies do not meet
         w_shared = w_shared + (gl.allocate_shared_memory(gl.int32, [STAGES, T, 4], rows_of_four),)
     s_shared = ()
-    for _v in gl.static_range(UNITS // 2 if BLOCK < 64 else 0):
+    for _v in gl.static_range((UNITS + 1) // 2 if BLOCK < 64 else 0):
         s_shared = s_shared + (gl.allocate_shared_memory(gl.int32, [STAGES, T], words_of_lane),)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -124,20 +132,22 @@ def matmul_wide(
     together()
     tid = gl.arange(0, T, line)
     lane, warp = tid & 31, tid >> 5
+    byte = (warp % 2) * 16 if UNITS == 1 else warp * 0  # of its unit in a word of scales
     PARTS: gl.constexpr = 64 // BLOCK
-    GROUPS: gl.constexpr = UNITS * 2 // HELD
+    GROUPS: gl.constexpr = (UNITS * 2 + HELD - 1) // HELD
+    TURNS: gl.constexpr = 2 if UNITS == 1 else 1 if GROUPS == 1 else 3
     program = gl.program_id(0)
-    at = program * each
+    x_row = program % tiles_x * N
+    at = program // tiles_x * each
     end = gl.minimum(at + each, total)
     stage = 0
     phase = 0
     while at < end:
-        tile = at // steps
+        tile_w = at // steps
         first = at % steps
         last = gl.minimum(steps, first + end - at)
-        tile_w = tile // tiles_x
-        x_row = (tile % tiles_x) * N
-        unit = (tile_w * 4 + warp) * UNITS  # in 16 rows of w
+        stop = first + (last - first + TURNS - 1) // TURNS * TURNS
+        unit = (tile_w * WARPS + warp) * UNITS  # in 16 rows of w
         unit = gl.where(unit * 16 < columns, unit, 0)  # past the end: what is not stored
         block_at = unit // 4 * steps
         w_at = (block_at * (WIDTH * 128) + (unit % 4) * (WIDTH * 32) + lane * 4)[:, None]
@@ -145,67 +155,76 @@ def matmul_wide(
         s_at = block_at * (1024 // BLOCK) + (((lane >> 2) * PARTS + (lane & 3) * 16 // BLOCK) * 8 + (unit % 4) * 2) // 4
         for s in gl.static_range(STAGES - 1):
             into = gl.where(stage + s >= STAGES, stage + s - STAGES, stage + s)
-            _fetch_w(words, scales, w_shared, s_shared, into, first + s, last, w_at, s_at, VECTORS, WIDTH, BLOCK)
+            _fetch_w(words, scales, w_shared, s_shared, into, first + s, last, w_at, s_at, WIDTH, BLOCK)
         gdc_wait()  # from here on x is what `order_pairs` made; the weight was there before it began
         for s in gl.static_range(STAGES - 1):
             into = gl.where(stage + s >= STAGES, stage + s - STAGES, stage + s)
-            _fetch_x(x, x_shared, full, into, first + s, last, x_row, N)
+            _fetch_x(x, x_shared, full, into, first + s, last, stop, x_row, tiles_x * N, N)
+        zero = gl.zeros([COLUMNS, N], gl.float32, sums)
+        no_a = gl.zeros([COLUMNS, 64], gl.bfloat16, a_layout)
         acc = ()
-        for _u in gl.static_range(UNITS - 1):
-            acc = acc + (gl.zeros([64, N], gl.float32, sums),)
-        late = warpgroup_mma_init(gl.zeros([64, N], gl.float32, sums))
-        late_a = gl.zeros([64, 64], gl.bfloat16, a_layout)
-        for step in range(first, last):
-            async_copy.wait_group(STAGES - 2)
-            b = x_shared.index(stage).permute((1, 0))
-            following = gl.where(stage == STAGES - 1, 0, stage + 1)
-            made = ()
-            if GROUPS == 1:  # ptxas would decode into registers that the product in flight still reads
-                before, _late_a = warpgroup_mma_wait(0, deps=(late, late_a))
-            for group in gl.static_range(GROUPS):
-                a = _decode(w_shared, s_shared, stage, flat, group, HELD, WIDTH, BLOCK, DECODE, DECODE_NEXT, DECODE_IN)
-                if group == 0:
-                    mbarrier.wait(full.index(stage), phase)
-                for half in gl.static_range(HELD // 2):
-                    # One product is in flight while the next operand is decoded, across steps too. Its operand's
-                    # registers must stay as they are until then: see tests/kernels/wgmma_hazards.py.
-                    operand = _operand(a[8 * half : 8 * half + 8], a_layout)
-                    if group + half == 0:
-                        now = warpgroup_mma(operand, b, acc[0], is_async=True)
-                        if GROUPS > 1:
-                            before, _late_a = warpgroup_mma_wait(1, deps=(late, late_a))
-                        now_a = operand
-                    elif group * (HELD // 2) + half < UNITS - 1:
-                        then = warpgroup_mma(operand, b, acc[group * (HELD // 2) + half], is_async=True)
-                        done, _now_a = warpgroup_mma_wait(1, deps=(now, now_a))
-                        made = made + (done,)
-                        now, now_a = then, operand
-                    else:
-                        late = warpgroup_mma(operand, b, before, is_async=True)
-                        late_a = operand
-                        into = gl.where(stage == 0, STAGES - 1, stage - 1)
-                        ahead = step + STAGES - 1
-                        together()  # the step before has been multiplied: its operands can be overwritten
-                        _fetch_x(x, x_shared, full, into, ahead, last, x_row, N)
-                        _fetch_w(
-                            words, scales, w_shared, s_shared, into, ahead, last, w_at, s_at, VECTORS, WIDTH, BLOCK
-                        )
-                        done, _now_a = warpgroup_mma_wait(1, deps=(now, now_a))
-                        made = made + (done,)
-            acc = made
-            phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
-            stage = following
-        done, _late_a = warpgroup_mma_wait(0, deps=(late, late_a))
+        for _u in gl.static_range(UNITS - 2):
+            acc = acc + (zero,)
+        older, older_a = warpgroup_mma_init(zero), no_a
+        newer, newer_a = warpgroup_mma_init(zero), no_a
+        only = zero
+        for turn in range(first, stop, TURNS):
+            for t in gl.static_range(TURNS):
+                step = turn + t
+                async_copy.wait_group(STAGES - 2)
+                b = x_shared.index(stage).permute((1, 0))
+                before = gl.where(stage == 0, STAGES - 1, stage - 1)
+                made = ()
+                if GROUPS == 1 and UNITS > 1:  # ptxas would decode into registers that products in flight still read
+                    done, _older_a = warpgroup_mma_wait(1, deps=(older, older_a))
+                    late, _newer_a = warpgroup_mma_wait(0, deps=(newer, newer_a))
+                    acc = (done, late)
+                for group in gl.static_range(GROUPS):
+                    a = _decode(
+                        w_shared, s_shared, stage, byte, flat, group, HELD, WIDTH, BLOCK, DECODE, DECODE_NEXT, DECODE_IN
+                    )
+                    if group == 0:
+                        mbarrier.wait(full.index(stage), phase)
+                    for half in gl.static_range(HELD // 2 if UNITS > 1 else 1):
+                        operand = _operand(a[8 * half : 8 * half + 8], a_layout)
+                        if UNITS == 1:
+                            begun = warpgroup_mma(operand, b, only, is_async=True)
+                            only, _newer_a = warpgroup_mma_wait(1, deps=(begun, newer_a))
+                            newer_a = operand
+                        else:
+                            if GROUPS > 1:
+                                done, _older_a = warpgroup_mma_wait(1, deps=(older, older_a))
+                                if group * (HELD // 2) + half < 2:  # of the step before
+                                    acc = acc + (done,)
+                                else:
+                                    made = made + (done,)
+                            older, older_a = newer, newer_a
+                            newer = warpgroup_mma(operand, b, acc[group * (HELD // 2) + half], is_async=True)
+                            newer_a = operand
+                        if UNITS == 1 or group * (HELD // 2) + half == 1:
+                            together()  # the step before has been multiplied: its operands can be overwritten
+                            ahead = step + STAGES - 1
+                            _fetch_x(x, x_shared, full, before, ahead, last, stop, x_row, tiles_x * N, N)
+                            _fetch_w(words, scales, w_shared, s_shared, before, ahead, last, w_at, s_at, WIDTH, BLOCK)
+                acc = made
+                phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
+                stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+        if UNITS == 1:
+            done, _newer_a = warpgroup_mma_wait(0, deps=(only, newer_a))
+        else:
+            done, _older_a = warpgroup_mma_wait(1, deps=(older, older_a))
+            acc = acc + (done,)
+            done, _newer_a = warpgroup_mma_wait(0, deps=(newer, newer_a))
         acc = acc + (done,)
         async_copy.wait_group(0)
-        slot = (program * 2 + gl.where(first == 0, 1, 0)).to(gl.int64) * (64 * UNITS * N)
+        slot = (program * 2 + gl.where(first == 0, 1, 0)).to(gl.int64) * (COLUMNS * UNITS * N)
         for u in gl.static_range(UNITS):
             if (first == 0) & (last == steps):
-                _store(acc[u], u, tile_w, x_row, outer, bias, out, rows, columns, UNITS, N, OUTER, BIAS, DROP)
+                _store(acc[u], u, tile_w, x_row, outer, bias, out, rows, columns, WARPS, UNITS, N, OUTER, BIAS, DROP)
             else:
-                row = gl.arange(0, 64, gl.SliceLayout(1, sums))[:, None]
+                row = gl.arange(0, COLUMNS, gl.SliceLayout(1, sums))[:, None]
                 place = row * N + gl.arange(0, N, gl.SliceLayout(0, sums))[None, :]
-                gl.store(parts + slot + u * 64 * N + place, acc[u])
+                gl.store(parts + slot + u * COLUMNS * N + place, acc[u])
         at += last - first
     gdc_launch_dependents()
 
@@ -213,14 +232,14 @@ def matmul_wide(
 @gluon.jit
 def _store(
     acc, u: gl.constexpr, tile_w, x_row, outer, bias, out, rows, columns,
-    UNITS: gl.constexpr, N: gl.constexpr, OUTER: gl.constexpr, BIAS: gl.constexpr,
+    WARPS: gl.constexpr, UNITS: gl.constexpr, N: gl.constexpr, OUTER: gl.constexpr, BIAS: gl.constexpr,
     DROP: gl.constexpr,
 ):  # fmt: skip
     """Scale, add the bias, round, and store 16 columns of each warp for N rows of the result."""
-    spread: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [4, 1], [0, 1])
+    spread: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [WARPS, 1], [0, 1])
     total = gl.convert_layout(acc, spread) * DROP
-    line = gl.arange(0, 64, gl.SliceLayout(1, spread))[:, None]
-    column = ((tile_w * 4 + line // 16) * UNITS + u) * 16 + line % 16
+    line = gl.arange(0, 16 * WARPS, gl.SliceLayout(1, spread))[:, None]
+    column = ((tile_w * WARPS + line // 16) * UNITS + u) * 16 + line % 16
     row = x_row + gl.arange(0, N, gl.SliceLayout(0, spread))[None, :]
     inside = column < columns
     if OUTER == 1:

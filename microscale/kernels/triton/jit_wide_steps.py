@@ -24,8 +24,8 @@ def order_pairs(x, out, total, SIZE: tl.constexpr, CHAIN: tl.constexpr):
 @triton.jit
 def add_tiles(
     parts, outer, bias, out, rows, columns, steps, tiles_x, each,
-    UNITS: tl.constexpr, N: tl.constexpr, OUTER: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
-    CHAIN: tl.constexpr,
+    WARPS: tl.constexpr, UNITS: tl.constexpr, N: tl.constexpr, OUTER: tl.constexpr, BIAS: tl.constexpr,
+    DROP: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Add what programs have of each tile that several took, in their order; scale, add the bias, round and store.
 
@@ -34,23 +34,24 @@ def add_tiles(
     """
     if CHAIN:
         gdc_wait()
-    tile = tl.program_id(0) // (4 * UNITS)
-    group = tl.program_id(0) % (4 * UNITS)
-    first, last = tile * steps // each, (tile * steps + steps - 1) // each
+    tile = tl.program_id(0) // (WARPS * UNITS)
+    sixteen = tl.program_id(0) % (WARPS * UNITS)
+    tile_w, tile_x = tile // tiles_x, tile % tiles_x
+    first, last = tile_w * steps // each, (tile_w * steps + steps - 1) // each
     if first == last:
         return
     line = tl.arange(0, 16)[:, None]
     token = tl.arange(0, N)[None, :]
-    unit, warp = group // 4, group % 4
-    place = (unit * 64 + warp * 16 + line) * N + token
-    SLOT: tl.constexpr = 64 * UNITS * N
+    unit, warp = sixteen // WARPS, sixteen % WARPS
+    place = (unit * 16 * WARPS + warp * 16 + line) * N + token
+    SLOT: tl.constexpr = 16 * WARPS * UNITS * N
     both = tl.full([], 2 * SLOT, tl.int64)  # a program's two slots
-    value = tl.load(parts + both * first + SLOT + place)
-    for program in range(first + 1, last + 1):
-        value += tl.load(parts + both * program + place)
+    value = tl.load(parts + both * (first * tiles_x + tile_x) + SLOT + place)
+    for group in range(first + 1, last + 1):
+        value += tl.load(parts + both * (group * tiles_x + tile_x) + place)
     value *= DROP
-    column = ((tile // tiles_x * 4 + warp) * UNITS + unit) * 16 + line
-    row = tile % tiles_x * N + token
+    column = ((tile_w * WARPS + warp) * UNITS + unit) * 16 + line
+    row = tile_x * N + token
     inside = column < columns
     if OUTER == 1:
         value *= tl.load(outer)
