@@ -91,13 +91,14 @@ def test_a_prepared_weight_is_used_for_few_rows(monkeypatch):
 
     monkeypatch.setattr(suite, "PREPARED_ON", ("cpu",))
     monkeypatch.setattr(ms, "prepare", prepare, raising=False)
-    small = dataclasses.replace(plan("weight_only", "mlp"), rows=(1, 513), mlp_rows=(1, 513))
+    small = dataclasses.replace(plan("weight_only", "mlp"), rows=(1, 2049), mlp_rows=(1, 2049))
     rows = bench_matmul("cpu", ["mxint8"], small, samples=3).rows
     assert [(r.op, r.m, r.case) for r in rows] == [
         ("matmul", 1, "weight-only, prepared"),
-        ("matmul", 513, "weight-only, plain"),
+        ("matmul", 2049, "weight-only, plain"),
+        ("matmul", 2049, "weight-only, prepared"),
         ("mlp", 1, "weight-only, prepared"),
-        ("mlp", 513, "weight-only, plain"),
+        ("mlp", 2049, "weight-only, plain"),
     ]
     assert len(seen) == 3 and all(r.checked for r in rows)
 

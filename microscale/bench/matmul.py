@@ -2,7 +2,8 @@
 
 Cases, each a name that `Plan.cases` may hold:
 
-    weight_only   bf16 activations; up to 512 rows with the weight prepared, where there is such a thing
+    weight_only   bf16 activations; up to 2048 rows with the weight prepared, where there is such a thing; then both
+                  prepared and plain
     both_scaled   both operands quantized, the weight prepared for that: the cast of the activations included ("cast
                   included"), and without it
     grouped       mixtures of experts: see `microscale.bench.grouped`
@@ -38,7 +39,7 @@ FORMATS = ("mxfp4", "nvfp4", "mxfp8", "mxfp6", "mxint8")  # the whole grid; all 
 PAIRS = (  # of a weight's and the activations' formats
     ("mxfp8", "mxfp8"), ("mxfp4", "mxfp8"), ("mxfp4", "fp8_row"), ("nvfp4", "nvfp4"),
 )  # fmt: skip
-DECODE = 512  # rows up to which a weight is prepared
+FEW = 2048  # rows up to which a weight is prepared; for more a single product is measured with the plain one too
 PREPARED_ON = ("cuda",)  # devices with a kernel for prepared weights
 
 
@@ -221,7 +222,7 @@ def weight_products(
         return
     weights = Weights(normal(shape, place, seed=1), spec)
     for m in rows:
-        yield _weight_only(weights, normal((m, shape[1]), place))
+        yield from _weight_only(weights, normal((m, shape[1]), place))
     for partner in partners:
         for m in plan.pair_rows:
             yield from _both_scaled(weights, normal((m, shape[1]), place), partner)
@@ -261,7 +262,7 @@ class Weights:
 
     def for_rows(self, m: int) -> tuple[BlockScaledTensor, str]:
         """Return the weight to use for so many rows, and the name of the case: "prepared" or "plain"."""
-        made = self.prepared if m <= DECODE else None
+        made = self.prepared if m <= FEW else None
         return (self.quantized, "plain") if made is None else (made, "prepared")
 
     @functools.cached_property
@@ -270,11 +271,13 @@ class Weights:
         return Sample.of(self.quantized)
 
 
-def _weight_only(weights: Weights, x: torch.Tensor) -> Product:
-    weight, case = weights.for_rows(x.shape[0])
-    call = functools.partial(functional.linear, x, weight)
-    chosen = (explain("matmul", x, weight),)
-    return _product(weights, x, x, call, f"weight-only, {case}", PLAIN, chosen)
+def _weight_only(weights: Weights, x: torch.Tensor) -> Iterator[Product]:
+    found = [weights.for_rows(x.shape[0])]
+    if x.shape[0] > FEW and weights.prepared is not None:
+        found.append((weights.prepared, "prepared"))
+    for weight, case in found:
+        call = functools.partial(functional.linear, x, weight)
+        yield _product(weights, x, x, call, f"weight-only, {case}", PLAIN, (explain("matmul", x, weight),))
 
 
 def _both_scaled(weights: Weights, x: torch.Tensor, spec: QuantizerSpec) -> Iterator[Product]:

@@ -44,7 +44,8 @@ def compiled(name, shape, out, bias):
     found = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", sass)
     names = [n.split(".")[0] for n in found]
     return {
-        "format": name, "rows": tile.rows, "threads": 32 * tile.warps, "resident": tile.resident, "out": out, "hazards": hazards(sass),
+        "format": name, "rows": tile.rows, "threads": 32 * tile.warps, "resident": tile.resident, "out": out,
+        "hazards": hazards(sass),
         "local": names.count("LDL") + names.count("STL"),
         "serialized": "serialized" in said, "shared": made.metadata.shared, "mma": names.count("HGMMA"),
         "copies": names.count("UTMALDG"), "waits": waits(sass),

@@ -13,16 +13,17 @@ from tests.kernels.wgmma_hazards import hazards
 
 
 def test_who_gets_which_rows():
-    """From 17 to 512 rows of prepared weights on Hopper; fewer are the decode GEMM's, more are decoded beforehand."""
+    """From 17 to 4096 rows of prepared weights on Hopper; fewer are the decode GEMM's, more are decoded beforehand."""
     wide = "triton.matmul_fragments_wide"
-    assert [chosen((m, 4096), "mxfp4") == wide for m in (1, 16, 17, 64, 65, 256, 512, 513, 4096)] == [
-        False, False, True, True, True, True, True, False, False
+    assert [chosen((m, 4096), "mxfp4") == wide for m in (1, 16, 17, 64, 256, 4096, 4097)] == [
+        False, False, True, True, True, True, False
     ]  # fmt: skip
+    assert [chosen((m, 4096), "mxfp6") == wide for m in (64, 1024, 1025)] == [True, True, False]
     assert chosen((64, 4096), "mxfp4", capability=(8, 0)) == "triton.matmul_fragments"
     assert chosen((128, 4096), "mxfp4", "strided") != wide
 
 
-@pytest.mark.parametrize("rows", [17, 32, 33, 64, 65, 128, 256, 500])
+@pytest.mark.parametrize("rows", [17, 32, 33, 64, 65, 128, 256, 500, 4096])
 @pytest.mark.parametrize("columns", [64, 4096, 8192, 14336, 28672, 28736])
 @pytest.mark.parametrize("depth", [64, 4096, 28672])
 def test_cuts(rows, columns, depth):

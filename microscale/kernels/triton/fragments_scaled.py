@@ -66,8 +66,8 @@ CHECKS = (
         devices=("cuda",), min_capability=HOPPER, max_capability=HOPPER, packages=("triton",),
         checks=(
             *CHECKS,
-            (f"is for at most {fragments_wide.MOST_ROWS} rows of activations",
-             lambda p: 0 < rows_of(p.operands[0]) <= fragments_wide.MOST_ROWS),
+            (f"is for at most {fragments_wide.MOST_ROWS} rows of activations, of 6 bits "
+             f"{fragments_wide.MOST_ROWS_OF_SIX}", lambda p: fragments_wide.has_rows(p, 1)),
         ),
     ),
 )  # fmt: skip

@@ -27,7 +27,8 @@ from microscale.kernels.triton.launch import launch
 from microscale.numerics.fragments import DEPTH
 from microscale.spec.format import FormatSpec
 
-LEAST_ROWS, MOST_ROWS = 17, 512  # of x; above, decoding beforehand costs less than decoding for each tile of x
+LEAST_ROWS, MOST_ROWS = 17, 4096  # of x; above, decoding beforehand costs less than decoding for each tile of x
+MOST_ROWS_OF_SIX = 1024  # bits
 SHARED = 227 << 10  # bytes of shared memory of an SM that programs can have, 1 KiB of each for the system
 FULL = 0.8  # of the programs that run at once: from this on tiles are cut into equal parts
 FEW = 100  # steps of tiles of 128 columns for each SM: up to this each program has so few that they are cut otherwise
@@ -119,8 +120,11 @@ CHAINED = {"launch_pdl": True}  # an option of the compiler
 _ORDER = {"SIZE": 1024, "CHAIN": True}
 
 
-def _has_rows(problem: Problem) -> bool:
-    return LEAST_ROWS <= fragments.rows_of(problem.operands[0]) <= MOST_ROWS
+def has_rows(problem: Problem, least: int = LEAST_ROWS) -> bool:
+    """Return True for so many rows of x, rounded up to a power of two, that this kernel is for."""
+    fmt = problem.operands[1].format
+    most = MOST_ROWS_OF_SIX if fmt is not None and held_by(fmt) == 4 else MOST_ROWS
+    return least <= fragments.rows_of(problem.operands[0]) <= most
 
 
 @kernel(
@@ -131,7 +135,7 @@ def _has_rows(problem: Problem) -> bool:
         devices=("cuda",), min_capability=(9, 0), max_capability=(9, 0), packages=("triton",), dtypes=("bfloat16",),
         checks=(
             *fragments.CHECKS,
-            (f"is for {LEAST_ROWS} to {MOST_ROWS} rows of activations", _has_rows),
+            (f"is for {LEAST_ROWS} to {MOST_ROWS} rows of activations, of 6 bits to {MOST_ROWS_OF_SIX}", has_rows),
         ),
     ),
     bound=BOUND,
