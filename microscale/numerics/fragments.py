@@ -111,7 +111,7 @@ def fits(fmt: FormatSpec, rows: int, columns: int) -> bool:
     element, scale = fmt.element, fmt.scale
     regular = element.kind == "int" or (element.kind == "float" and element.subnormals and element.sign)
     regular = regular and element.width in (4, 6, 8)
-    blocks = scale.width == 8 if fmt.block in (16, 32) else scale.torch_dtype == "float32" and columns <= fmt.block
+    blocks = scale.width == 8 if fmt.block in (16, 32) else scale.torch_dtype == "float32" and columns == fmt.block
     return regular and blocks and rows % ROWS == 0 and columns % DEPTH == 0 and rows * columns > 0
 
 

@@ -138,6 +138,8 @@ def test_what_cannot_be_prepared():
     for q, reason in (
         (ms.quantize(torch.randn(100, 64), "mxfp4"), "multiples of 64"),
         (weight("nf4", 64, 64), "4, 6 or 8 bits"),
+        (weight("fp8_block128", 64, 256), "one FP32 scale for each row"),
+        (weight("fp8_block128", 64, 64), "one FP32 scale for each row"),  # a part of a block
         (weight("mxfp4").t(), "blocks along K"),
         (ms.quantize(torch.full((64, 64), 1e30), "mxfp4"), "outside of codes"),
         (ms.quantize(torch.full((64, 64), float("nan")), "mxfp4"), "outside of codes"),
