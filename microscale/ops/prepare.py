@@ -12,10 +12,12 @@ import math
 import torch
 
 from microscale.errors import InputError, MicroscaleError
+from microscale.kernels.cublas import rows_e4m3
 from microscale.kernels.reference import align_rows
 from microscale.kernels.triton import fragments, ptx_decode
 from microscale.numerics import layout
 from microscale.ops import library
+from microscale.spec.powers import with_powers
 from microscale.tensor import BlockScaledTensor
 
 DECODING, BLACKWELL = (8, 0), (10, 0)  # from where on weights are decoded in registers, and hardware takes them scaled
@@ -59,7 +61,7 @@ def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -
 def _for_both(weight: BlockScaledTensor) -> BlockScaledTensor:
     """Return a weight ready for quantized activations, and for plain ones if it could be reordered."""
     found = noted(weight.to_layout(layout.STRIDED) if weight.scale_layout == layout.FRAGMENTS else weight)
-    if not decodes_on(weight.device) or fragments.has_row_scales(weight.format):
+    if not decodes_on(weight.device) or _is_for_fp8(weight):
         return found
     if weight.scale_layout == layout.FRAGMENTS:
         known = weight.meta.exact_rows == found.meta.exact_rows
@@ -68,6 +70,13 @@ def _for_both(weight: BlockScaledTensor) -> BlockScaledTensor:
         return prepare(found)
     except InputError:  # a format, a size or values that the layout is not for
         return found
+
+
+def _is_for_fp8(weight: BlockScaledTensor) -> bool:
+    """Return True for rows of E4M3 with one scale each, where there are FP8 tensor cores: they take them as they lie."""
+    found, fmt = library.capability(weight.device), weight.format
+    rows = fragments.has_row_scales(fmt) and rows_e4m3.is_aligned(with_powers(fmt), weight.shape[-1] <= fmt.block)
+    return rows and found is not None and found >= rows_e4m3.ADA
 
 
 def decodes_on(device: torch.device) -> bool:

@@ -1,7 +1,6 @@
 """One FP32 scale per row, from end to end: quantize, every door, products, and how kernels get such operands."""
 
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -206,10 +205,15 @@ def test_few_rows_read_it_in_its_own_bits(rows, wanted):
 
 def test_fp8_tensor_cores_take_rows_as_they_lie(monkeypatch):
     """So for quantized activations a weight of rows stays in the plain layout."""
-    monkeypatch.setattr(sys.modules["microscale.ops.prepare"], "decodes_on", lambda device: True)
-    q = ms.quantize(torch.randn(128, 256).bfloat16(), "fp8_row")
-    assert ms.prepare(q, quantized_activations=True).scale_layout == "strided"
-    assert ms.prepare(ms.quantize(q.dequantize(), "mxfp8"), quantized_activations=True).scale_layout == "fragments"
+    w, fmt = torch.randn(128, 256).bfloat16(), ms.find_format("fp8_row")
+    integers = fmt.variant(element=ms.find_format("mxint8").element)  # which FP8 tensor cores do not take
+    for capability, wanted in (((9, 0), "strided"), ((8, 9), "strided"), ((8, 0), "fragments")):
+        monkeypatch.setattr(library, "capability", lambda device, found=capability: found)
+        for source, layout in ((fmt, wanted), (integers, "fragments"), ("mxfp8", "fragments")):
+            q = ms.quantize(w, source)
+            made = ms.prepare(q, quantized_activations=True)
+            assert made.scale_layout == layout
+            assert_same_bits(made.dequantize(), q.dequantize())
 
 
 def test_ones_of_a_capture_are_not_kept(monkeypatch):
