@@ -73,7 +73,7 @@ def _for_both(weight: BlockScaledTensor) -> BlockScaledTensor:
 
 
 def _is_for_fp8(weight: BlockScaledTensor) -> bool:
-    """Return True for rows of E4M3 with one scale each, where there are FP8 tensor cores: they take them as they lie."""
+    """Return True for rows of E4M3 with one scale each where there are FP8 tensor cores, which take them so."""
     found, fmt = library.capability(weight.device), weight.format
     rows = fragments.has_row_scales(fmt) and rows_e4m3.is_aligned(with_powers(fmt), weight.shape[-1] <= fmt.block)
     return rows and found is not None and found >= rows_e4m3.ADA
