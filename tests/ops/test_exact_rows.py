@@ -97,7 +97,7 @@ def test_layouts_and_axes():
 @pytest.fixture
 def on_hopper(monkeypatch):
     """Weights here count as those of a GPU whose kernels take them prepared."""
-    monkeypatch.setattr(prepare_module, "decodes_on", lambda device: True)
+    monkeypatch.setattr(prepare_module.library, "capability", lambda device: (9, 0))
 
 
 def test_which_devices(monkeypatch):
