@@ -51,6 +51,7 @@ _PUBLIC = {
     "linear": "microscale.ops.compute",
     "prepare": "microscale.ops.prepare",
     "prepare_": "microscale.ops.prepare",
+    "align_rows": "microscale.ops.rows",
     "quantize_both": "microscale.ops.both",
     "group_amax": "microscale.ops.groups",
     "silu_mul_quantize": "microscale.ops.producers",
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
     from microscale.ops.prepare import prepare_ as prepare_
     from microscale.ops.producers import rms_norm_quantize as rms_norm_quantize
     from microscale.ops.producers import silu_mul_quantize as silu_mul_quantize
+    from microscale.ops.rows import align_rows as align_rows
     from microscale.report.compare import compare as compare
     from microscale.spec.element import ElementSpec as ElementSpec
     from microscale.spec.format import FormatSpec as FormatSpec

@@ -304,6 +304,11 @@ def exact_products(enabled: bool = True) -> Iterator[None]:
         yield
 
 
+def wants_exact() -> bool:
+    """Return True within `exact_products()`."""
+    return _exact.get()
+
+
 def is_fallback(entry: Kernel, problem: Problem) -> bool:
     """Return True if a kernel runs where it is only a substitute (the reference on a GPU)."""
     return entry.native is not None and problem.device not in entry.native

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -17,8 +17,9 @@ from torch.nn import functional
 from microscale.bench import product
 from microscale.bench.matmul import Plan, Weights, partners_of, work
 from microscale.bench.product import PLAIN, Product, Sample, normal, stored
-from microscale.ops import explain, grouped_matmul, matmul, quantize
+from microscale.ops import align_rows, explain, grouped_matmul, matmul, quantize
 from microscale.spec.quantizer import QuantizerSpec
+from microscale.tensor import BlockScaledTensor
 
 
 def balanced(tokens: int, experts: int) -> list[int]:
@@ -47,9 +48,20 @@ def expert_products(
     x = normal((plan.tokens, sizes[2]), place)
     for partner in partners:
         tokens = _Tokens.of(x, partner)
-        yield _dense(experts, tokens)
-        for spread in SPREADS:
-            yield _grouped(experts, tokens, spread)
+        each = plan.tokens // sizes[0]
+        kept = None if partner is None else experts.first.kept_rows(each, partner)
+        for weights in (experts.plain_layout,) if kept is None else (experts.plain_layout, experts.kept):
+            yield _dense(experts, tokens, weights)
+            for spread in SPREADS:
+                yield _grouped(experts, tokens, spread, weights)
+
+
+class _Stored(NamedTuple):
+    """What is multiplied by: all experts [E, N, K], the first of them, and what the case says of it."""
+
+    experts: BlockScaledTensor
+    first: BlockScaledTensor
+    suffix: str
 
 
 class Experts:
@@ -63,6 +75,17 @@ class Experts:
         self.plain, self.spec = plain, spec
         self.quantized = quantize(plain, spec, amax=amax)
         self.first = Weights(plain[0], spec)
+
+    @property
+    def plain_layout(self) -> _Stored:
+        """The experts as they were quantized."""
+        return _Stored(self.quantized, self.first.quantized, "")
+
+    @functools.cached_property
+    def kept(self) -> _Stored:
+        """The experts as `microscale.align_rows` makes them."""
+        rows = align_rows(self.quantized)
+        return _Stored(rows, rows.select(0, 0), ", rows kept")  # type: ignore[arg-type]
 
     @functools.cached_property
     def samples(self) -> list[Sample]:
@@ -86,31 +109,30 @@ class _Tokens:
         return self.x if self.partner is None else quantize(self.x, self.partner)
 
 
-def _dense(experts: Experts, tokens: _Tokens) -> Product:
+def _dense(experts: Experts, tokens: _Tokens, weights: _Stored) -> Product:
     """The product of all tokens with the first expert."""
-    weights = experts.first
-    weight = weights.quantized.transpose(-1, -2)
-    chosen = (explain("matmul", tokens.operand, weights.quantized),)
+    weight = weights.first.transpose(-1, -2)
+    chosen = (explain("matmul", tokens.operand, weights.first),)
 
     def call() -> torch.Tensor:
         return matmul(tokens.cast(), weight)
 
     def check() -> None:
-        weights.sample.check(call(), tokens.operand, product.extra_error("matmul", chosen))
+        experts.first.sample.check(call(), tokens.operand, product.extra_error("matmul", chosen))
 
-    case = f"dense, as {len(experts.plain)} experts"
+    case = f"dense, as {len(experts.plain)} experts{weights.suffix}"
     fields = _common(experts, tokens)
     return Product(
-        "matmul", case, call=call, check=check, chosen=chosen, work=work(tokens.x, weights.quantized), **fields
+        "matmul", case, call=call, check=check, chosen=chosen, work=work(tokens.x, experts.first.quantized), **fields
     )
 
 
-def _grouped(experts: Experts, tokens: _Tokens, spread: str) -> Product:
+def _grouped(experts: Experts, tokens: _Tokens, spread: str, weights: _Stored) -> Product:
     counts = SPREADS[spread](tokens.x.shape[0], len(experts.plain))
     ends = torch.tensor(counts).cumsum(0)
     offsets = ends.to(device=tokens.x.device, dtype=torch.int32)
-    weight = experts.quantized.transpose(-1, -2)
-    chosen = (explain("grouped_matmul", tokens.operand, experts.quantized),)
+    weight = weights.experts.transpose(-1, -2)
+    chosen = (explain("grouped_matmul", tokens.operand, weights.experts),)
 
     def call() -> torch.Tensor:
         return grouped_matmul(tokens.cast(), weight, offsets)
@@ -129,8 +151,9 @@ def _grouped(experts: Experts, tokens: _Tokens, spread: str) -> Product:
     m, n, k = fields["sizes"]
     used = stored(experts.quantized) * sum(c > 0 for c in counts) // len(counts)
     return Product(
-        "grouped_matmul", f"{len(counts)} experts, {spread}", call=call, check=check, chosen=chosen,
-        work=((stored(tokens.x) + used + 2 * m * n, 2 * m * n * k),), like=f"dense, as {len(counts)} experts", **fields,
+        "grouped_matmul", f"{len(counts)} experts, {spread}{weights.suffix}", call=call, check=check, chosen=chosen,
+        work=((stored(tokens.x) + used + 2 * m * n, 2 * m * n * k),),
+        like=f"dense, as {len(counts)} experts{weights.suffix}", **fields,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ Cases, each a name that `Plan.cases` may hold:
     weight_only   bf16 activations; up to 2048 rows with the weight prepared, where there is such a thing; then both
                   prepared and plain
     both_scaled   both operands quantized, the weight prepared for that: the cast of the activations included ("cast
-                  included"), and without it
+                  included"), and without it; with many rows also by kept rows of the weight ("rows kept")
     grouped       mixtures of experts: see `microscale.bench.grouped`
     mlp           the MLP of Llama-3 70B in one CUDA graph: see `microscale.bench.mlp`
 
@@ -29,7 +29,7 @@ from microscale.bench.product import PLAIN, Bench, Product, Sample, normal, stor
 from microscale.bench.quantize import _device
 from microscale.bench.timing import BenchReport, Timer, environment
 from microscale.errors import InputError, MicroscaleError, unknown_name
-from microscale.ops import explain, matmul, quantize
+from microscale.ops import align_rows, explain, linear, matmul, quantize, rows
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.registry import QuantizerLike, find_quantizer, list_formats
 from microscale.tensor import BlockScaledTensor
@@ -260,6 +260,17 @@ class Weights:
         except MicroscaleError:
             return self.quantized
 
+    def kept_rows(self, m: int, quantizer: QuantizerSpec) -> BlockScaledTensor | None:
+        """Return the weight as `microscale.align_rows` makes it, if a layer would multiply m rows by it."""
+        return self._rows if m >= rows.MANY and rows.why_not(self.quantized, quantizer) is None else None
+
+    @functools.cached_property
+    def _rows(self) -> BlockScaledTensor | None:
+        try:
+            return align_rows(self.quantized)
+        except MicroscaleError:
+            return None
+
     def for_rows(self, m: int) -> tuple[BlockScaledTensor, str]:
         """Return the weight to use for so many rows, and the name of the case: "prepared" or "plain"."""
         made = self.prepared if m <= FEW else None
@@ -292,6 +303,11 @@ def _both_scaled(weights: Weights, x: torch.Tensor, spec: QuantizerSpec) -> Iter
     yield _product(weights, x, a, call, "both scaled, cast included", spec.name, chosen)
     product_alone = _product(weights, x, a, alone, "both scaled, GEMM alone", spec.name, chosen)
     yield dataclasses.replace(product_alone, work=work(a, weights.quantized))
+    kept = weights.kept_rows(x.shape[0], spec)
+    if kept is not None:
+        call = functools.partial(linear, x, weights.for_both, input_quantizer=spec, rows=kept)
+        chosen = (explain("matmul", a, kept),)
+        yield _product(weights, x, a, call, "both scaled, cast included, rows kept", spec.name, chosen)
 
 
 def _product(

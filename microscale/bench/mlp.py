@@ -20,7 +20,7 @@ from microscale import dispatch
 from microscale.bench import product
 from microscale.bench.matmul import Weights, partners_of
 from microscale.bench.product import PLAIN, Product, normal, stored
-from microscale.ops import explain, matmul, quantize, silu_mul_quantize
+from microscale.ops import explain, linear, matmul, quantize, silu_mul_quantize
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor
 from microscale.testing import assert_same_quantized
@@ -40,7 +40,7 @@ def mlp_products(place: torch.device, plan: Plan, spec: QuantizerSpec) -> Iterat
         yield _weight_only(mlp, normal((m, size), place))
     for partner in partners_of(spec, plan.mlp_pairs):
         for m in plan.mlp_rows:
-            yield _both_scaled(mlp, normal((m, size), place), partner)
+            yield from _both_scaled(mlp, normal((m, size), place), partner)
 
 
 class _Mlp(NamedTuple):
@@ -84,30 +84,36 @@ def _weight_only(mlp: _Mlp, x: torch.Tensor) -> Product:
     return Product(case=case, call=call, check=check, chosen=chosen, **_common(mlp, x, None))
 
 
-def _both_scaled(mlp: _Mlp, x: torch.Tensor, spec: QuantizerSpec) -> Product:
-    gate_up, down = (w.for_both.transpose(-1, -2) for w in mlp)
-    between = quantize(x.new_zeros(x.shape[0], down.shape[0]), spec)
-    chosen = (
-        explain("matmul", quantize(x, spec), mlp.gate_up.for_both),
-        explain("matmul", between, mlp.down.for_both),
-    )
+def _both_scaled(mlp: _Mlp, x: torch.Tensor, spec: QuantizerSpec) -> Iterator[Product]:
+    yield _scaled(mlp, x, spec, (None, None))
+    kept = tuple(w.kept_rows(x.shape[0], spec) for w in mlp)
+    if None not in kept:
+        yield _scaled(mlp, x, spec, kept)
+
+
+def _scaled(mlp: _Mlp, x: torch.Tensor, spec: QuantizerSpec, kept: tuple[BlockScaledTensor | None, ...]) -> Product:
+    """Both operands quantized. `kept`: rows of both weights, or None."""
+    gate_up, down = (w.for_both if rows is None else rows for w, rows in zip(mlp, kept, strict=True))
+    between = quantize(x.new_zeros(x.shape[0], down.shape[1]), spec)
+    chosen = (explain("matmul", quantize(x, spec), gate_up), explain("matmul", between, down))
+
+    def up(x: torch.Tensor) -> torch.Tensor:
+        return linear(x, mlp.gate_up.for_both, input_quantizer=spec, rows=kept[0])
 
     def call() -> torch.Tensor:
-        h = matmul(quantize(x, spec), gate_up)
-        return matmul(silu_mul_quantize(*_halves(h), spec), down)
+        return matmul(silu_mul_quantize(*_halves(up(x)), spec), down.transpose(-1, -2))
 
     def check() -> None:
         extra = product.extra_error("matmul", chosen)
-        a = quantize(x, spec)
-        h = matmul(a, gate_up)
-        mlp.gate_up.sample.check(h, a, extra)
+        h = up(x)
+        mlp.gate_up.sample.check(h, quantize(x, spec), extra)
         middle = silu_mul_quantize(*_halves(h), spec)
         _check_middle(h, middle, spec)
-        y = matmul(middle, down)
+        y = matmul(middle, down.transpose(-1, -2))
         mlp.down.sample.check(y, middle, extra)
         product.assert_repeats(call, y)
 
-    case = "both scaled, cast included"
+    case = "both scaled, cast included" + (", rows kept" if kept[0] is not None else "")
     return Product(case=case, call=call, check=check, chosen=chosen, **_common(mlp, x, spec))
 
 

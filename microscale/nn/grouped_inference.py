@@ -10,8 +10,10 @@ from microscale.nn.grouped_gemm import GroupedCall, _check, _groups_of
 from microscale.nn.three_gemm import GemmState, _ThreeGemm
 from microscale.numerics.hadamard import hadamard
 from microscale.ops import graph
+from microscale.ops.rows import uses_rows
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.training import LayerGemms
+from microscale.tensor import BlockScaledTensor
 
 
 def grouped_linear(
@@ -20,33 +22,46 @@ def grouped_linear(
     offsets: torch.Tensor,
     gemms: LayerGemms,
     amax: torch.Tensor | None = None,
+    rows: BlockScaledTensor | None = None,
 ) -> torch.Tensor:
     """Return each row of x [T, K] times its expert's matrix of weight [E, N, K], transposed: [T, N] of x's dtype.
 
     As `three_grouped_gemm` for a weight that is quantized already, of which `gemms` names the `fprop_input` alone: the
     tokens' quantizer, by which every expert's are quantized by themselves. `amax`: FP32 scalar, the calibrated
     magnitude of a static one, which all experts share. The gradient to x is exact without a quantizer and
-    straight-through with one; the weight gets none. Raises InputError as `three_grouped_gemm` does.
+    straight-through with one; the weight gets none. `rows`: as `ops.linear` takes them, used from 128 tokens for each
+    expert on. Raises InputError as `three_grouped_gemm` does.
     """
     x = _check(x, weight, offsets, 1)
     if torch.compiler.is_dynamo_compiling():
         graph.arm()
-        return _traced(x, weight, offsets, gemms.key, amax)
-    return _apply(x, weight, offsets, gemms, amax)
+        return _traced(x, weight, offsets, gemms.key, amax, rows)
+    return _apply(x, weight, offsets, gemms, amax, rows)
 
 
 @graph.in_graph
 def _traced(
-    x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, key: str, amax: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor,
+    key: str,
+    amax: torch.Tensor | None,
+    rows: BlockScaledTensor | None,
 ) -> torch.Tensor:
-    return _apply(x, weight, offsets, LayerGemms.from_key(key), amax)
+    return _apply(x, weight, offsets, LayerGemms.from_key(key), amax, rows)
 
 
 def _apply(
-    x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, gemms: LayerGemms, amax: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor,
+    gemms: LayerGemms,
+    amax: torch.Tensor | None,
+    rows: BlockScaledTensor | None,
 ) -> torch.Tensor:
     groups = _groups_of(offsets, x, 1, gemms)
-    call = _InferenceCall(gemms, GemmState(), x.dtype, torch.is_grad_enabled(), groups, amax)
+    rows = rows if rows is not None and uses_rows(x, rows.shape[0]) else None
+    call = _InferenceCall(gemms, GemmState(), x.dtype, torch.is_grad_enabled(), groups, amax, rows)
     return _ThreeGemm.apply(x, weight, None, call)  # type: ignore[no-untyped-call]
 
 
@@ -55,6 +70,11 @@ class _InferenceCall(GroupedCall):
     """A call of quantized experts."""
 
     amax: torch.Tensor | None = None
+    rows: BlockScaledTensor | None = None
+
+    def fprop(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return x w.T of each group, by kept rows if there are any."""
+        return super().fprop(x, weight if self.rows is None else self.rows, bias)
 
     def dgrad(self, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return dy w of each group, in the basis of x: weights that are transformed expect transformed tokens."""

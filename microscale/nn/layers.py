@@ -21,7 +21,7 @@ from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.training import LayerGemms
 from microscale.tensor import BlockScaledTensor
 
-_AMAX = "input_amax"
+_AMAX, _ROWS = "input_amax", "weight_rows"
 
 
 class _QuantizedModule(torch.nn.Module):
@@ -43,6 +43,9 @@ class _QuantizedModule(torch.nn.Module):
             if dtype != weight.dtype and dtype in INPUT_DTYPES:
                 # Swapping keeps the parameter's identity, which tied modules and optimizers refer to.
                 torch.utils.swap_tensors(weight, _parameter(weight.as_dtype(dtype)))
+                rows = self._buffers.get(_ROWS)
+                if isinstance(rows, BlockScaledTensor):
+                    self._buffers[_ROWS] = rows.as_dtype(dtype)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self._buffers.get(_AMAX)
         if amax is not None and moved is not None and moved.dtype != amax.dtype:
@@ -63,10 +66,39 @@ class _QuantizedModule(torch.nn.Module):
 
 
 class _QuantizedInput(_QuantizedModule):
-    """What quantized layers share that multiply: an `input_quantizer` and the calibration of a static one."""
+    """What quantized layers share that multiply: an `input_quantizer`, the calibration of a static one, kept rows.
+
+    `weight_rows` (a buffer that is not saved): the weight as `microscale.align_rows` makes it, None unless kept.
+    """
 
     input_quantizer: QuantizerSpec | None
     input_amax: torch.Tensor | None
+    _rows_of: tuple[object, ...] | None = None  # what the kept rows were made of, see `_state_of`
+
+    def keep_rows(self, rows: BlockScaledTensor | None) -> None:
+        """Keep rows of the weight, as it is now, for products with many rows of activations; None drops them."""
+        self.register_buffer(_ROWS, rows, persistent=False)
+        self._rows_of = None if rows is None else _state_of(self.weight)
+
+    def kept_rows(self, dtype: torch.dtype) -> BlockScaledTensor | None:
+        """Return the kept rows for products of a dtype; None, and they are gone, if the weight has changed since.
+
+        Under torch.compile they are those of the time of tracing.
+        """
+        rows = self._buffers.get(_ROWS)
+        if not isinstance(rows, BlockScaledTensor):
+            return None
+        if not torch.compiler.is_compiling() and self._rows_of != _state_of(self.weight):
+            self.keep_rows(None)
+            return None
+        return rows if rows.dtype == dtype else rows.as_dtype(dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move the module; kept rows move along."""
+        current = self._rows_of is not None and self._rows_of == _state_of(self.weight)
+        super()._apply(fn, recurse)
+        self._rows_of = _state_of(self.weight) if current else None
+        return self
 
     def calibrated_amax(self) -> torch.Tensor | None:
         """Return the calibrated magnitude of a static input quantizer, None if there is none; InputError if missing."""
@@ -93,6 +125,8 @@ class _QuantizedInput(_QuantizedModule):
         saved = state_dict.get(f"{prefix}{_AMAX}")
         if saved is not None and self.input_amax is None:
             self.input_amax = torch.empty_like(saved, dtype=torch.float32, device=self.weight.device)
+        if f"{prefix}weight" in state_dict and self._rows_of is not None:
+            self.keep_rows(None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -118,7 +152,8 @@ class QuantizedLinear(_QuantizedInput, torch.nn.Linear):
             dtype = torch.get_autocast_dtype(input.device.type)
             input = input.to(dtype)
             weight = weight.as_dtype(dtype) if isinstance(weight, BlockScaledTensor) else weight.to(dtype)
-        return ops.linear(input, weight, bias, input_quantizer=quantizer, amax=amax)
+        rows = self.kept_rows(weight.dtype)
+        return ops.linear(input, weight, bias, input_quantizer=quantizer, amax=amax, rows=rows)
 
     def _own(self, name: str) -> Any:
         """What `getattr` gives, without its detour by `nn.Module.__getattr__` where that finds a parameter.
@@ -154,7 +189,8 @@ class QuantizedGroupedLinear(_QuantizedInput, GroupedLinear):
         `offsets` as `GroupedLinear` takes them; `alignment` changes nothing here, where no blocks run along the tokens.
         Gradients, autocast and errors as in `QuantizedLinear`.
         """
-        return grouped_linear(input, self.weight, offsets, self.gemms, self.calibrated_amax())
+        rows = self.kept_rows(input.dtype)
+        return grouped_linear(input, self.weight, offsets, self.gemms, self.calibrated_amax(), rows)
 
 
 class QuantizedEmbedding(_QuantizedModule, torch.nn.Embedding):
@@ -215,6 +251,13 @@ def _blank(plain: type[torch.nn.Module]) -> torch.nn.Module:
     """Return an instance without state; pickle fills it."""
     made = quantized_class(plain)
     return made.__new__(made)
+
+
+def _state_of(weight: torch.Tensor) -> tuple[object, ...]:
+    """What differs once a weight or a part of it was written to, or another put in its place."""
+    parts = (weight.qdata, weight.scale) if isinstance(weight, BlockScaledTensor) else (weight,)
+    versions = (None if p.is_inference() else p._version for p in (weight, *parts))
+    return *versions, *(p.data_ptr() for p in parts)
 
 
 def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:

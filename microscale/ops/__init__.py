@@ -7,8 +7,10 @@ from microscale.ops.grouped import grouped_wgrad
 from microscale.ops.groups import group_amax
 from microscale.ops.prepare import prepare, prepare_
 from microscale.ops.producers import rms_norm_quantize, silu_mul_quantize
+from microscale.ops.rows import align_rows
 
 __all__ = [
+    "align_rows",
     "decode_table",
     "dequantize",
     "embedding",

@@ -16,6 +16,7 @@ from microscale.numerics.hadamard import hadamard
 from microscale.ops import api, direct, graph, library
 from microscale.ops.api import INPUT_DTYPES, dequantize, quantize
 from microscale.ops.late import late_parts
+from microscale.ops.rows import uses_rows
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor, Meta, bare
 
@@ -261,14 +262,16 @@ class _StraightThrough(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         spec: QuantizerSpec,
+        rows: BlockScaledTensor | None,
     ) -> torch.Tensor:
         """Multiply the quantized input; the bias joins before the one rounding."""
         ctx.save_for_backward(weight)
         ctx.hadamard = spec.hadamard
-        return matmul(quantized, weight.transpose(-1, -2), bias, x.dtype)
+        factor = weight if rows is None else rows
+        return matmul(quantized, factor.transpose(-1, -2), bias, x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Multiply by the weight as stored; the bias gradient sums in FP32."""
         (weight,) = ctx.saved_tensors
         dx = torch.matmul(grad, weight) if ctx.needs_input_grad[0] else None
@@ -277,7 +280,7 @@ class _StraightThrough(torch.autograd.Function):
         dbias = None
         if ctx.needs_input_grad[3]:
             dbias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(grad.dtype)
-        return dx, None, None, dbias, None
+        return dx, None, None, dbias, None, None
 
 
 def linear(
@@ -287,25 +290,32 @@ def linear(
     *,
     input_quantizer: QuantizerSpec | None = None,
     amax: torch.Tensor | None = None,
+    rows: BlockScaledTensor | None = None,
 ) -> torch.Tensor:
     """Return `x @ weight.T + bias` for x [..., K], block-scaled weight [N, K]; the result has x's dtype.
 
     With `input_quantizer`, x is quantized first (`amax`: the calibrated magnitude of a static one); its gradient is
     straight-through. Without, the gradient to x is exact. The weight gets no gradient.
+
+    `rows`: the weight as `align_rows` made it, which x of 128 rows or more is multiplied by if it is quantized: FP8
+    tensor cores then take both operands as they lie. The gradient is the weight's. Within `exact_products()` it is left
+    alone.
     """
     if input_quantizer is None:
         short = None if torch.compiler.is_compiling() else short_linear(x, weight, bias)
         return torch.nn.functional.linear(x, weight, bias) if short is None else short
+    rows = rows if rows is not None and uses_rows(x) else None
     quantized = quantize(x, input_quantizer, amax=amax)
     recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if not recorded:
-        if not torch.compiler.is_compiling() and type(weight) is BlockScaledTensor:
+        factor = weight if rows is None else rows
+        if not torch.compiler.is_compiling() and type(factor) is BlockScaledTensor:
             with bare():
-                made = _times_transpose(quantized, weight, bias)
+                made = _times_transpose(quantized, factor, bias)
             if made is not None:
                 return made
-        return matmul(quantized, weight.transpose(-1, -2), bias, x.dtype)
-    return _StraightThrough.apply(x, quantized, weight, bias, input_quantizer)  # type: ignore[no-untyped-call]
+        return matmul(quantized, factor.transpose(-1, -2), bias, x.dtype)
+    return _StraightThrough.apply(x, quantized, weight, bias, input_quantizer, rows)  # type: ignore[no-untyped-call]
 
 
 def embedding(indices: torch.Tensor, weight: BlockScaledTensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """`prepare`, `prepare_`: make weights ready for the kernels they will meet.
 
 In the order in which the decode GEMM's tensor cores take them; and, for quantized activations, looked at once, whether
-FP8 tensor cores get every value of a weight's rows.
+FP8 tensor cores get every value of a weight's rows, which may be kept beside it as they take them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 
 from microscale.errors import InputError, MicroscaleError
 from microscale.kernels.cublas import rows_e4m3
-from microscale.kernels.reference import align_rows
 from microscale.kernels.triton import fragments, ptx_decode
 from microscale.numerics import layout
-from microscale.ops import library
+from microscale.ops import library, rows
+from microscale.ops.rows import noted
 from microscale.spec.powers import with_powers
 from microscale.tensor import BlockScaledTensor
 
@@ -85,26 +85,6 @@ def decodes_on(device: torch.device) -> bool:
     return found is not None and DECODING <= found < BLACKWELL
 
 
-def noted(weight: BlockScaledTensor) -> BlockScaledTensor:
-    """Return a weight whose `meta.exact_rows` says whether FP8 tensor cores get every value of its rows.
-
-    Rows are those along the blocked dimension. They are exact while the exponents of a row's blocks span at most 14
-    for E2M1 elements (11 for E2M3, 9 for E3M2), blocks of zeros apart. A weight that is not exact is then left to
-    kernels that decode it to bfloat16. Formats for which there is no such question, elements of 8 bits and mantissa
-    scales among them, are returned as they are. Reads the scales once.
-
-    The note is of these bytes: it stays with views, copies, pickles and native checkpoints, is dropped where blocks of
-    different rows join, and follows the source of `copy_`.
-    """
-    fmt = weight.format
-    if not align_rows.fits(fmt) or align_rows.span(fmt.element) <= 0 or weight.outer_scale is not None:
-        return weight
-    axis = weight.block_axis
-    scale, qdata = weight.strided_scale().movedim(axis, -1), weight.qdata.movedim(axis, -1)
-    found = align_rows.is_exact(qdata, scale, fmt, weight.shape[axis])
-    return weight.replace(meta=dataclasses.replace(weight.meta, exact_rows=found))
-
-
 def _check(weight: BlockScaledTensor) -> None:
     """Raise InputError for values that the decode kernel does not get exactly."""
     fmt = weight.format
@@ -130,14 +110,19 @@ def _check(weight: BlockScaledTensor) -> None:
 _FOUND = {None: "", True: ", rows exact in E4M3", False: ", rows not exact in E4M3"}
 
 
-def prepare_(model: torch.nn.Module) -> dict[str, str]:
+def prepare_(model: torch.nn.Module, *, keep_rows: bool = False) -> dict[str, str]:
     """Prepare every block-scaled weight of a model's linear layers, in place, for the activations that each takes.
 
     Weights of experts stay as they are, which the result says too.
 
+    With `keep_rows`, layers that quantize their activations also keep their weight as `align_rows` makes it, where that
+    serves (sm_89 and sm_90): one more byte of memory per element, for many rows of activations at the speed of FP8
+    tensor cores, which else get such rows made anew at every call. Kept rows are not saved, copied or loaded; loading
+    or setting a weight drops them, and so does the next call after a weight was written to.
+
     Returns {module name: "fragments", or why its weight stays as it was}; for layers that quantize their activations,
     the layout, "fragments" or a plain one, and what was found of a weight's rows: ", rows exact in E4M3" or ", rows not
-    exact in E4M3".
+    exact in E4M3"; with `keep_rows` also ", rows kept" or ", rows not kept: " and why.
     """
     done: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -151,9 +136,22 @@ def prepare_(model: torch.nn.Module) -> dict[str, str]:
             made = prepare(weight, quantized_activations=quantized)
         except MicroscaleError as error:
             done[name] = str(error)
-            continue
-        if made is not weight:
-            # Swapping keeps the parameter's identity, which tied modules refer to.
-            torch.utils.swap_tensors(weight, torch.nn.Parameter(made, requires_grad=False))
-        done[name] = made.scale_layout + _FOUND[made.meta.exact_rows if quantized else None]
+        else:
+            if made is not weight:
+                # Swapping keeps the parameter's identity, which tied modules refer to.
+                torch.utils.swap_tensors(weight, torch.nn.Parameter(made, requires_grad=False))
+            done[name] = made.scale_layout + _FOUND[made.meta.exact_rows if quantized else None]
+        if keep_rows:
+            done[name] += _keep_rows(module, weight)
     return done
+
+
+def _keep_rows(module: torch.nn.Module, weight: BlockScaledTensor) -> str:
+    """Have a layer keep rows of its weight, if that serves; and say so."""
+    refused = rows.why_not(weight, getattr(module, "input_quantizer", None))
+    if refused is None:
+        try:
+            module.keep_rows(rows.align_rows(weight))  # type: ignore[operator]
+        except MicroscaleError as error:
+            refused = str(error)
+    return ", rows kept" if refused is None else f", rows not kept: {refused}"

@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import ScalingType, scaled_grouped_mm  # type: ignore[attr-defined]  # its stubs lack it
 
 from microscale.dispatch import Operand, Problem, Requires, kernel
-from microscale.kernels.cublas.rows_e4m3 import BOUND, HOPPER, MULTIPLE, _rows, _takes
+from microscale.kernels.cublas.rows_e4m3 import BOUND, HOPPER, MULTIPLE, _rows, _takes, is_aligned
 from microscale.kernels.reference.matmul import Operand as Value
 from microscale.kernels.reference.matmul import Parts
 from microscale.kernels.triton.rows_after import zero_rows_after
@@ -45,15 +45,23 @@ def _is_blocked(operand: Operand, axis: int, dims: int) -> bool:
     return operand.format is not None and operand.axis == axis and len(operand.shape) == dims
 
 
+def is_ready(problem: Problem) -> bool:
+    """Return True for matrices that lie as rows of E4M3 already, which nothing is read for beforehand."""
+    weight = problem.operands[1]
+    return weight.layout == layout.STRIDED and is_aligned(weight.format, weight.one_block)
+
+
 def many_tokens(problem: Problem) -> bool:
-    """Return True if there are MANY tokens for each expert, both numbers rounded up to powers of two."""
+    """Return True if there are MANY tokens for each expert, both numbers rounded up to powers of two; or `is_ready`."""
+    if is_ready(problem):
+        return True
     tokens, experts = (max(o.shape[0] - 1, 0).bit_length() for o in problem.operands)
     return tokens - experts >= MANY.bit_length() - 1
 
 
 def large_matrices(problem: Problem) -> bool:
-    """Return True if the experts' matrices have LARGE rows and columns, both rounded up to powers of two."""
-    return all((n - 1).bit_length() >= (LARGE - 1).bit_length() for n in problem.operands[1].shape[-2:])
+    """Return True if experts' matrices have LARGE rows and columns, rounded up to powers of two; or `is_ready`."""
+    return is_ready(problem) or all((n - 1).bit_length() >= (LARGE - 1).bit_length() for n in problem.operands[1].shape[-2:])
 
 
 @kernel(

@@ -1,0 +1,129 @@
+"""Weights as rows of E4M3 with one power of two each: what FP8 tensor cores without block scales multiply.
+
+`cublas.rows_e4m3` makes such rows of every MX operand, at every call. Of a weight they can be made once and kept
+beside it, for one more byte per element: `align_rows` makes them, `linear(..., rows=)` uses them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from microscale import dispatch
+from microscale.errors import InputError
+from microscale.kernels.cublas import rows_e4m3
+from microscale.kernels.reference import align_rows as reference
+from microscale.numerics import layout
+from microscale.ops import graph, library
+from microscale.spec.format import ROW, FormatSpec, ScaleRuleSpec
+from microscale.spec.powers import POWER, with_powers
+from microscale.spec.quantizer import QuantizerSpec
+from microscale.tensor import BlockScaledTensor, Meta
+
+MANY = 128  # rows of activations from which rows of E4M3 beat a prepared weight, measured on an H200
+_FP32_EXPONENT = 23  # where an FP32 number has its exponent, whose bias is E8M0's
+
+
+@functools.lru_cache(maxsize=1024)
+def rows_format(columns: int) -> FormatSpec:
+    """Return the format of rows of so many E4M3 elements with one power of two each."""
+    rule = ScaleRuleSpec(base="floor")
+    spec = FormatSpec(name="e4m3_rows", element=reference.TARGET, block=ROW, scale=POWER, scale_rule=rule)
+    return spec.for_row(columns)
+
+
+def align_rows(weight: BlockScaledTensor) -> BlockScaledTensor:
+    """Return a weight [N, K] or experts [E, N, K] as E4M3 codes with one power of two (E8M0) for each row.
+
+    A tensor of its own, one byte per element, for products with quantized activations on sm_89 and sm_90, where it is
+    multiplied as it lies. Weights of 4 and 6 bits keep every value; an element of 8 bits loses what is below 2**-10 of
+    its row's power of two, as it does in `cublas.rows_e4m3`, which else does this at every call. NaN stays NaN. Save
+    the weight, not its rows.
+
+    Raises InputError for blocks that are not along K, formats that E4M3 cannot hold (`explain` says which), and rows of
+    4 or 6 bits whose exponents are too far apart.
+    """
+    if not isinstance(weight, BlockScaledTensor) or weight.dim() < 2 or weight.block_axis != -1:
+        got = repr(weight) if isinstance(weight, BlockScaledTensor) else type(weight).__name__
+        raise InputError(f"align_rows takes a weight [N, K] or [E, N, K] with its blocks along K, got {got}")
+    fmt, columns = weight.format, weight.shape[-1]
+    if not reference.fits(fmt):
+        raise InputError(
+            f"{fmt.name} does not fit rows of E4M3 with a power of two each",
+            "they take float elements of 4, 6 or 8 bits whose scales are powers of two, such as mxfp8 and mxfp4",
+        )
+    if _is_exact(weight) is False:
+        raise InputError(
+            f"some rows of this {fmt.name} weight have exponents too far apart for E4M3",
+            "multiply it as it is: other kernels take it",
+        )
+    device, parts = weight.device, (weight.qdata, weight.scale, fmt, columns, weight.scale_layout)
+    found = library.capability(device)
+    if found is not None and found >= rows_e4m3.ADA and dispatch.installed("triton"):
+        from microscale.kernels.triton.align_rows import align_rows as run
+
+        codes, powers = run(*parts)
+    else:
+        codes, powers = reference.align_rows(*parts)
+    return of_codes(codes, powers, columns, weight.dtype)
+
+
+def noted(weight: BlockScaledTensor) -> BlockScaledTensor:
+    """Return a weight whose `meta.exact_rows` says whether FP8 tensor cores get every value of its rows.
+
+    Rows are those along the blocked dimension. They are exact while the exponents of a row's blocks span at most 14
+    for E2M1 elements (11 for E2M3, 9 for E3M2), blocks of zeros apart. A weight that is not exact is then left to
+    kernels that decode it to bfloat16. Formats for which there is no such question, elements of 8 bits and mantissa
+    scales among them, are returned as they are. Reads the scales once.
+
+    The note is of these bytes: it stays with views, copies, pickles and native checkpoints, is dropped where blocks of
+    different rows join, and follows the source of `copy_`.
+    """
+    fmt = weight.format
+    if not reference.fits(fmt) or reference.span(fmt.element) <= 0 or weight.outer_scale is not None:
+        return weight
+    axis = weight.block_axis
+    scale, qdata = weight.strided_scale().movedim(axis, -1), weight.qdata.movedim(axis, -1)
+    found = reference.is_exact(qdata, scale, fmt, weight.shape[axis])
+    return weight.replace(meta=dataclasses.replace(weight.meta, exact_rows=found))
+
+
+def of_codes(codes: torch.Tensor, powers: torch.Tensor, columns: int, dtype: torch.dtype) -> BlockScaledTensor:
+    """Return rows from their E4M3 codes [..., R, columns or more] and FP32 powers of two [..., R, 1]."""
+    qdata = codes.view(torch.uint8)
+    qdata = qdata if qdata.shape[-1] == columns else qdata[..., :columns].contiguous()
+    scale = (powers.view(torch.int32) >> _FP32_EXPONENT).to(torch.uint8)
+    return BlockScaledTensor(qdata, scale, None, Meta(rows_format(columns)), (*codes.shape[:-1], columns), dtype)
+
+
+def _is_exact(weight: BlockScaledTensor) -> bool | None:
+    """Whether E4M3 holds every value of the rows, None where there is no such question; as `prepare` notes it."""
+    if weight.meta.exact_rows is not None:
+        return weight.meta.exact_rows
+    plain = weight.to_layout(layout.STRIDED) if weight.scale_layout == layout.FRAGMENTS else weight
+    return noted(plain).meta.exact_rows
+
+
+def why_not(weight: torch.Tensor, quantizer: QuantizerSpec | None) -> str | None:
+    """Return why rows of a weight are of no use for activations of a quantizer; None if they are."""
+    if quantizer is None:
+        return "its activations are not quantized"
+    found = library.capability(weight.device)
+    if found is None or not rows_e4m3.ADA <= found <= rows_e4m3.HOPPER:
+        return "only sm_89 and sm_90 multiply them"
+    fmt = quantizer.format
+    if not reference.fits(fmt) and not (fmt.block == ROW and rows_e4m3.is_aligned(with_powers(fmt), True)):
+        return f"activations in {fmt.name} do not become rows of E4M3"
+    return None
+
+
+@graph.constant
+def _wants_exact() -> bool:
+    return dispatch.wants_exact()
+
+
+def uses_rows(x: torch.Tensor, experts: int = 1) -> bool:
+    """Return True for activations x [..., K] that rows of E4M3 serve best, MANY for each expert, if they may."""
+    return x.numel() >= MANY * experts * x.shape[-1] and not _wants_exact()
