@@ -18,6 +18,7 @@ from microscale.bench import product
 from microscale.bench.matmul import Plan, Weights, partners_of, work
 from microscale.bench.product import PLAIN, Product, Sample, normal, stored
 from microscale.ops import align_rows, explain, grouped_matmul, matmul, quantize
+from microscale.ops.rows import MANY, why_not
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor
 
@@ -48,9 +49,7 @@ def expert_products(
     x = normal((plan.tokens, sizes[2]), place)
     for partner in partners:
         tokens = _Tokens.of(x, partner)
-        each = plan.tokens // sizes[0]
-        kept = None if partner is None else experts.first.kept_rows(each, partner)
-        for weights in (experts.plain_layout,) if kept is None else (experts.plain_layout, experts.kept):
+        for weights in experts.stored(plan.tokens, partner):
             yield _dense(experts, tokens, weights)
             for spread in SPREADS:
                 yield _grouped(experts, tokens, spread, weights)
@@ -76,16 +75,16 @@ class Experts:
         self.quantized = quantize(plain, spec, amax=amax)
         self.first = Weights(plain[0], spec)
 
-    @property
-    def plain_layout(self) -> _Stored:
-        """The experts as they were quantized."""
-        return _Stored(self.quantized, self.first.quantized, "")
+    def stored(self, tokens: int, partner: QuantizerSpec | None) -> Iterator[_Stored]:
+        """Yield the experts as they were quantized, and as a layer keeps rows of them, if it does for as many."""
+        yield _Stored(self.quantized, self.first.quantized, "")
+        if tokens >= MANY * len(self.plain) and why_not(self.quantized, partner) is None:
+            yield self._kept
 
     @functools.cached_property
-    def kept(self) -> _Stored:
-        """The experts as `microscale.align_rows` makes them."""
-        rows = align_rows(self.quantized)
-        return _Stored(rows, rows.select(0, 0), ", rows kept")  # type: ignore[arg-type]
+    def _kept(self) -> _Stored:
+        made = align_rows(self.quantized)
+        return _Stored(made, made.select(0, 0), ", rows kept")  # type: ignore[arg-type]
 
     @functools.cached_property
     def samples(self) -> list[Sample]:
@@ -142,8 +141,8 @@ def _grouped(experts: Experts, tokens: _Tokens, spread: str, weights: _Stored) -
         extra = product.extra_error("grouped_matmul", chosen)
         for sample, stop in zip(experts.samples, ends.tolist(), strict=True):
             if stop > start:
-                rows = torch.arange(start, stop, device=y.device)
-                sample.check(y[start:stop], tokens.operand.index_select(0, rows), extra)
+                taken = torch.arange(start, stop, device=y.device)
+                sample.check(y[start:stop], tokens.operand.index_select(0, taken), extra)
             start = stop
         product.assert_repeats(call, y)
 

@@ -29,7 +29,8 @@ from microscale.bench.product import PLAIN, Bench, Product, Sample, normal, stor
 from microscale.bench.quantize import _device
 from microscale.bench.timing import BenchReport, Timer, environment
 from microscale.errors import InputError, MicroscaleError, unknown_name
-from microscale.ops import align_rows, explain, linear, matmul, quantize, rows
+from microscale.ops import align_rows, explain, linear, matmul, quantize
+from microscale.ops.rows import MANY, why_not
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.registry import QuantizerLike, find_quantizer, list_formats
 from microscale.tensor import BlockScaledTensor
@@ -262,7 +263,7 @@ class Weights:
 
     def kept_rows(self, m: int, quantizer: QuantizerSpec) -> BlockScaledTensor | None:
         """Return the weight as `microscale.align_rows` makes it, if a layer would multiply m rows by it."""
-        return self._rows if m >= rows.MANY and rows.why_not(self.quantized, quantizer) is None else None
+        return self._rows if m >= MANY and why_not(self.quantized, quantizer) is None else None
 
     @functools.cached_property
     def _rows(self) -> BlockScaledTensor | None:

@@ -24,7 +24,7 @@ DECODING, BLACKWELL = (8, 0), (10, 0)  # from where on weights are decoded in re
 
 
 def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -> BlockScaledTensor:
-    """Return a weight [N, K] in layout `fragments`, for up to 64 rows of activations, 4096 on Hopper; or see the end.
+    """Return a weight [N, K] in layout `fragments`, for up to 64 rows of activations, 2048 on Hopper; or see the end.
 
     The same bytes in another order, so nothing is lost and nothing takes more memory: `dequantize()`, slicing, saving
     and every matmul give what they gave (whatever is not a matmul or a transpose first restores the plain order).

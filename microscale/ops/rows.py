@@ -13,7 +13,7 @@ import torch
 
 from microscale import dispatch
 from microscale.errors import InputError
-from microscale.kernels.cublas import rows_e4m3
+from microscale.kernels.cublas import grouped_rows_e4m3, rows_e4m3
 from microscale.kernels.reference import align_rows as reference
 from microscale.numerics import layout
 from microscale.ops import graph, library
@@ -116,6 +116,8 @@ def why_not(weight: torch.Tensor, quantizer: QuantizerSpec | None) -> str | None
     fmt = quantizer.format
     if not reference.fits(fmt) and not (fmt.block == ROW and rows_e4m3.is_aligned(with_powers(fmt), True)):
         return f"activations in {fmt.name} do not become rows of E4M3"
+    if weight.dim() > 2 and any(n <= grouped_rows_e4m3.LARGE // 2 for n in weight.shape[-2:]):
+        return "experts' matrices of that size are multiplied faster as they are"
     return None
 
 

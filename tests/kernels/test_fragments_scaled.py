@@ -51,7 +51,7 @@ def refusal(kernel=KERNEL, **changes):
 def test_one_weight_serves_every_number_of_rows(w, a):
     """Few: as they are read. Many: FP8 tensor cores where the pair has them, else bfloat16's. Never a fallback."""
     many = (WIDE, WIDE, TWO_PASS) if w == "nvfp4" else (ROWS,) * 3
-    for m, kernel in zip((1, 5, 16, 33, 64, 128, 256, 257, 4096, 4097), (KERNEL,) * 7 + many, strict=True):
+    for m, kernel in zip((1, 5, 16, 33, 64, 128, 256, 257, 2048, 2049), (KERNEL,) * 7 + many, strict=True):
         assert chosen(m, w, a) == kernel, m
         assert not dispatch.explain_problem(problem(m, w, a)).fallback
     assert chosen((2, 8), w, a) == KERNEL and chosen((0,), w, a) != KERNEL
@@ -63,20 +63,20 @@ def test_one_weight_serves_every_number_of_rows(w, a):
 
 def test_exact_products_leave_bfloat16():
     with dispatch.exact_products():
-        assert [chosen(m) for m in (64, 256, 257, 4096, 4097)] == [KERNEL, KERNEL, WIDE, WIDE, TWO_PASS]
+        assert [chosen(m) for m in (64, 256, 257, 2048, 2049)] == [KERNEL, KERNEL, WIDE, WIDE, TWO_PASS]
     with dispatch.exact_products(), dispatch.strict():
         assert dispatch.select(problem(8192)).name == TWO_PASS
 
 
 def test_rows_that_are_not_exact_are_decoded():
     changes = {"second": {"exact_rows": False}}
-    assert [chosen(m, **changes) for m in (256, 257, 4096, 4097)] == [KERNEL, WIDE, WIDE, TWO_PASS]
+    assert [chosen(m, **changes) for m in (256, 257, 2048, 2049)] == [KERNEL, WIDE, WIDE, TWO_PASS]
 
 
 def test_other_results():
     """FP32 and float16 results, a bias, a residual after it."""
     for out in ("float32", "float16"):
-        assert [chosen(m, out=out) for m in (1, 256, 4096, 4097)] == [KERNEL, KERNEL, WIDE, TWO_PASS]
+        assert [chosen(m, out=out) for m in (1, 256, 2048, 2049)] == [KERNEL, KERNEL, WIDE, TWO_PASS]
     for dtype in ("float32", "bfloat16"):
         assert chosen(bias=Operand((8192,), dtype)) == KERNEL
     assert chosen(out="float32", rounded="bfloat16") == KERNEL
@@ -93,7 +93,7 @@ def test_what_it_refuses_and_why():
     assert "constant along K" in refusal(first={"outer": "mixed"})
     assert "constant along K" in refusal(second={"outer": "mixed"})
     assert "per column" in refusal(bias=Operand((16, 8192), "bfloat16"))
-    assert "at most 256 rows" in refusal(m=257) and "at most 4096 rows" in refusal(WIDE, m=4097)
+    assert "at most 256 rows" in refusal(m=257) and "at most 2048 rows" in refusal(WIDE, m=2049)
     assert "8.0" in refusal(capability=(7, 5)) and "9.0" in refusal(WIDE, capability=(10, 0))
     assert refusal(first={"layout": "swizzle_32_4_4"}) is None
 

@@ -13,9 +13,9 @@ from tests.kernels.wgmma_hazards import hazards
 
 
 def test_who_gets_which_rows():
-    """From 17 to 4096 rows of prepared weights on Hopper; fewer are the decode GEMM's, more are decoded beforehand."""
+    """From 17 to 2048 rows of prepared weights on Hopper; fewer are the decode GEMM's, more are decoded beforehand."""
     wide = "triton.matmul_fragments_wide"
-    assert [chosen((m, 4096), "mxfp4") == wide for m in (1, 16, 17, 64, 256, 4096, 4097)] == [
+    assert [chosen((m, 4096), "mxfp4") == wide for m in (1, 16, 17, 64, 256, 2048, 2049)] == [
         False, False, True, True, True, True, False
     ]  # fmt: skip
     assert [chosen((m, 4096), "mxfp6") == wide for m in (64, 1024, 1025)] == [True, True, False]
@@ -23,7 +23,7 @@ def test_who_gets_which_rows():
     assert chosen((128, 4096), "mxfp4", "strided") != wide
 
 
-@pytest.mark.parametrize("rows", [17, 32, 33, 64, 65, 128, 256, 500, 4096])
+@pytest.mark.parametrize("rows", [17, 32, 33, 64, 65, 128, 256, 500, 2048])
 @pytest.mark.parametrize("columns", [64, 4096, 8192, 14336, 28672, 28736])
 @pytest.mark.parametrize("depth", [64, 4096, 28672])
 def test_cuts(rows, columns, depth):
@@ -35,6 +35,15 @@ def test_cuts(rows, columns, depth):
         assert tile.columns in (128, 256) and 0 < programs <= 132 * tile.resident
         tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
         assert programs % tiles == 0 or programs == 132 * tile.resident
+
+
+@pytest.mark.parametrize(("tiles", "steps", "programs", "share"), [
+    (64, 448, 33, 896), (224, 128, 33, 896), (224, 128, 132, 218), (32, 64, 132, 16), (64, 448, 128, 224), (1, 5, 9, 1)
+])  # fmt: skip
+def test_shares(tiles, steps, programs, share):
+    """Whole tiles where that is at most a ninth more steps; all steps are someone's, no program goes without."""
+    found = fragments_wide.share_of(tiles * steps, steps, programs)
+    assert found == share and -(-tiles * steps // found) <= programs
 
 
 def test_before_and_after():

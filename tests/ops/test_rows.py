@@ -144,6 +144,19 @@ def test_only_where_fp8_tensor_cores_lack_block_scales(monkeypatch, capability):
     assert model[0].kept_rows(torch.bfloat16) is None
 
 
+def test_experts_with_small_matrices_stay_as_they_are(on_hopper):
+    """There torch's grouped FP8 product took longer on an H200 than decoding did."""
+    spec = ms.find_quantizer("mxfp8")
+    for sizes, kept in (
+        ((2, 4096, 4096), True),
+        ((2, 2049, 4096), True),
+        ((2, 1536, 4096), False),
+        ((2, 64, 64), False),
+    ):
+        reason = rows.why_not(torch.empty(sizes, device="meta"), spec)
+        assert (reason is None) is kept and (kept or "multiplied faster as they are" in reason)
+
+
 def kept_layer(**changes):
     model = layer(**changes)
     model[0].keep_rows(ms.align_rows(model[0].weight))

@@ -227,7 +227,7 @@ def dequantize(
     outer_scale = scale if has_row_scales(fmt) else outer_scale  # no format has both
     if outer_scale is None:
         return values.to(out_dtype)
-    wide = outer_scale if outer_scale.dim() == 0 or outer_scale.shape[-1] == 1 else None
-    if wide is None:  # an outer scale per block of K
-        wide = outer_scale.repeat_interleave(fmt.block, dim=-1)
-    return (values.to(torch.float32) * wide).to(out_dtype)
+    wide = outer_scale if outer_scale.dim() else outer_scale.reshape(1, 1)  # else torch would round it to bfloat16
+    if wide.shape[-1] not in (1, columns):  # an outer scale per block of K
+        wide = wide.repeat_interleave(fmt.block, dim=-1)
+    return torch.mul(values, wide, out=torch.empty_like(values, dtype=out_dtype))  # in FP32, rounded once

@@ -27,10 +27,11 @@ from microscale.kernels.triton.launch import launch
 from microscale.numerics.fragments import DEPTH
 from microscale.spec.format import FormatSpec
 
-LEAST_ROWS, MOST_ROWS = 17, 4096  # of x; above, decoding beforehand costs less than decoding for each tile of x
+LEAST_ROWS, MOST_ROWS = 17, 2048  # of x; above, decoding beforehand costs less than decoding for each tile of x
 MOST_ROWS_OF_SIX = 1024  # bits
 SHARED = 227 << 10  # bytes of shared memory of an SM that programs can have, 1 KiB of each for the system
 FULL = 0.8  # of the programs that run at once: from this on tiles are cut into equal parts
+WHOLE = 0.9  # of the steps that a program would have with whole tiles: from this on it gets those
 FEW = 100  # steps of tiles of 128 columns for each SM: up to this each program has so few that they are cut otherwise
 BOUND = "FP32 accumulation over exact operands, one rounding; repeats bit for bit"
 
@@ -83,6 +84,17 @@ def cut_of(fmt: FormatSpec, rows: int, shape: tuple[int, int], sms: int) -> Cut:
     places = tile.resident * sms
     parts = tiles * (places // tiles)
     return Cut(tile, parts if parts >= FULL * places else places)
+
+
+def share_of(total: int, steps: int, programs: int) -> int:
+    """Return how many of `total` steps each of so many programs has, for each tile of x.
+
+    Those of whole tiles, where that is few more: then no parts are added, and all programs read the same part of x at
+    the same time, which is what matters where x is larger than the cache.
+    """
+    each = -(-total // max(1, min(programs, total)))
+    whole = -(-each // steps) * steps
+    return whole if each >= WHOLE * whole else each
 
 
 def held_by(fmt: FormatSpec) -> int:
@@ -170,7 +182,7 @@ def run(x: torch.Tensor, b: Parts, bias: torch.Tensor | None, out_dtype: torch.d
     )
     tiles_w = -(-columns // tile.columns)
     total = tiles_w * steps
-    each = -(-total // max(1, min(cut.programs // tiles_x, total)))
+    each = share_of(total, steps, cut.programs // tiles_x)
     programs = tiles_x * -(-total // each)
     shared = each % steps != 0
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)

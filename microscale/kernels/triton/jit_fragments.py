@@ -221,26 +221,34 @@ def dequantize_fragments(
     there = (step < total)[:, None]
     place = gl.minimum(step, total - 1)
     steps = half_depth // 32
-    row, column = place // steps * 64 + g, place % steps * 32 + t * 8
+    odd = t & 1
+    # Of two neighbouring lanes' 16 codes each, a store takes those of one: whole sectors of 32 bytes.
+    row, column = place // steps * 64 + g, place % steps * 32 + (t - odd) * 8 + odd * 4
     GROUPS: gl.constexpr = 8 // HELD
     VECTORS: gl.constexpr = HELD * WIDTH // 8
     types: gl.constexpr = (gl.int32,) * (2 * HELD)
+    at = (place * (WIDTH * 128) + lane * 4)[:, None] + four
+    loaded = ()
+    for v in gl.static_range(GROUPS * VECTORS):  # all before the first store, which they could not pass
+        loaded = loaded + (gl.load(words + at + v * 128, eviction_policy="evict_first"),)
     scale_at = place * (1024 // BLOCK) + (g * (64 // BLOCK) + t * 16 // BLOCK) * 2
+    scale = (lane * 0 + 0x7F7F7F7F, lane * 0 + 0x7F7F7F7F)  # 1 for each row
+    if BLOCK < 64:
+        scale = (gl.load(scales + scale_at), gl.load(scales + scale_at + 1))
+    swap = (odd != 0)[:, None]
     for group in gl.static_range(GROUPS):
-        given = ()
-        for v in gl.static_range(VECTORS):
-            given = given + (
-                gl.load(words + (place * (WIDTH * 128) + lane * 4)[:, None] + four + (group * VECTORS + v) * 128),
-            )
-        scale = lane * 0 + 0x7F7F7F7F  # 1 for each row
-        if BLOCK < 64:
-            scale = gl.load(scales + scale_at + group * HELD // 4)
-        scale, _ = gl.broadcast(scale[:, None], given[0])
+        given = loaded[group * VECTORS : (group + 1) * VECTORS]
+        word, _ = gl.broadcast(scale[group * HELD // 4][:, None], given[0])
         if group * HELD % 4 == 0:
-            pairs = gl.inline_asm_elementwise(DECODE, DECODE_IN, given + (scale,), types, is_pure=True, pack=4)
+            pairs = gl.inline_asm_elementwise(DECODE, DECODE_IN, given + (word,), types, is_pure=True, pack=4)
         else:
-            pairs = gl.inline_asm_elementwise(DECODE_NEXT, DECODE_IN, given + (scale,), types, is_pure=True, pack=4)
+            pairs = gl.inline_asm_elementwise(DECODE_NEXT, DECODE_IN, given + (word,), types, is_pure=True, pack=4)
         for r in gl.static_range(HELD):
+            first, second = pairs[2 * r], pairs[2 * r + 1]
+            other = gl.inline_asm_elementwise(
+                "shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", "=r,r", [gl.where(swap, first, second)],
+                gl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
             target = out + ((row + group * HELD * 8 + r * 8) * half_depth + column)[:, None] + four
-            gl.store(target, pairs[2 * r], mask=there)
-            gl.store(target + 4, pairs[2 * r + 1], mask=there)
+            gl.store(target, gl.where(swap, other, first), mask=there)
+            gl.store(target + 8, gl.where(swap, second, other), mask=there)
