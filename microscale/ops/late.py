@@ -43,7 +43,7 @@ def late_parts(x: Parts, contraction: int) -> Parts:
         codes = _one(x.scale.device).expand(x.scale.shape)
     else:
         codes = torch.full_like(x.scale, ONE, dtype=torch.uint8, memory_format=torch.contiguous_format)
-    return dataclasses.replace(x, scale=codes, outer_scale=x.scale, format=with_powers(x.format))
+    return dataclasses.replace(x, scale=codes, outer_scale=x.scale, format=with_powers(x.format), unit=True)
 
 
 def _one(device: torch.device) -> torch.Tensor:

@@ -18,24 +18,24 @@ from microscale.kernels.reference import align_rows as reference
 from microscale.numerics import layout
 from microscale.ops import graph, library
 from microscale.spec.format import ROW, FormatSpec, ScaleRuleSpec
-from microscale.spec.powers import POWER, with_powers
+from microscale.spec.powers import with_powers
 from microscale.spec.quantizer import QuantizerSpec
+from microscale.spec.registry import find_element
 from microscale.tensor import BlockScaledTensor, Meta
 
 MANY = 128  # rows of activations from which rows of E4M3 beat a prepared weight, measured on an H200
-_FP32_EXPONENT = 23  # where an FP32 number has its exponent, whose bias is E8M0's
 
 
 @functools.lru_cache(maxsize=1024)
 def rows_format(columns: int) -> FormatSpec:
-    """Return the format of rows of so many E4M3 elements with one power of two each."""
-    rule = ScaleRuleSpec(base="floor")
-    spec = FormatSpec(name="e4m3_rows", element=reference.TARGET, block=ROW, scale=POWER, scale_rule=rule)
+    """Return the format of rows of so many E4M3 elements with one FP32 scale each."""
+    scale, rule = find_element("fp32"), ScaleRuleSpec(base="nearest")
+    spec = FormatSpec(name="e4m3_rows", element=reference.TARGET, block=ROW, scale=scale, scale_rule=rule)
     return spec.for_row(columns)
 
 
 def align_rows(weight: BlockScaledTensor) -> BlockScaledTensor:
-    """Return a weight [N, K] or experts [E, N, K] as E4M3 codes with one power of two (E8M0) for each row.
+    """Return a weight [N, K] or experts [E, N, K] as E4M3 codes with one power of two (FP32) for each row.
 
     A tensor of its own, one byte per element, for products with quantized activations on sm_89 and sm_90, where it is
     multiplied as it lies. Weights of 4 and 6 bits keep every value; an element of 8 bits loses what is below 2**-10 of
@@ -94,8 +94,7 @@ def of_codes(codes: torch.Tensor, powers: torch.Tensor, columns: int, dtype: tor
     """Return rows from their E4M3 codes [..., R, columns or more] and FP32 powers of two [..., R, 1]."""
     qdata = codes.view(torch.uint8)
     qdata = qdata if qdata.shape[-1] == columns else qdata[..., :columns].contiguous()
-    scale = (powers.view(torch.int32) >> _FP32_EXPONENT).to(torch.uint8)
-    return BlockScaledTensor(qdata, scale, None, Meta(rows_format(columns)), (*codes.shape[:-1], columns), dtype)
+    return BlockScaledTensor(qdata, powers, None, Meta(rows_format(columns)), (*codes.shape[:-1], columns), dtype)
 
 
 def _is_exact(weight: BlockScaledTensor) -> bool | None:

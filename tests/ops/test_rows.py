@@ -14,6 +14,7 @@ from microscale.kernels.reference import align_rows as reference
 from microscale.nn import quantize_
 from microscale.nn.layers import QuantizedLinear
 from microscale.ops import library, rows
+from microscale.spec.powers import with_powers
 
 FORMATS = [f for f in ms.list_formats() if reference.fits(ms.find_format(f))]
 prepare_module = importlib.import_module("microscale.ops.prepare")  # beside a function of the same name
@@ -47,7 +48,7 @@ def test_same_codes_as_the_reference(fmt, shape):
     assert made.shape == shape and made.dtype == q.dtype and made.qdata.is_contiguous()
     assert torch.equal(made.qdata, codes.view(torch.uint8)[..., : shape[-1]]) and made.scale.shape == (*shape[:-1], 1)
     assert torch.equal(made.dequantize(torch.float32), codes.float()[..., : shape[-1]] * powers)
-    assert rows_e4m3.is_aligned(made.format, True)
+    assert rows_e4m3.is_aligned(with_powers(made.format), True)
     error = (made.dequantize(torch.float32) - q.dequantize(torch.float32)).abs()
     assert bool((error <= 2.0**-10 * powers).all())
     if q.format.element.width < 8:

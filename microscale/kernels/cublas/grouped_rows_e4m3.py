@@ -61,7 +61,8 @@ def many_tokens(problem: Problem) -> bool:
 
 def large_matrices(problem: Problem) -> bool:
     """Return True if experts' matrices have LARGE rows and columns, rounded up to powers of two; or `is_ready`."""
-    return is_ready(problem) or all((n - 1).bit_length() >= (LARGE - 1).bit_length() for n in problem.operands[1].shape[-2:])
+    sizes = problem.operands[1].shape[-2:]
+    return is_ready(problem) or all((n - 1).bit_length() >= (LARGE - 1).bit_length() for n in sizes)
 
 
 @kernel(

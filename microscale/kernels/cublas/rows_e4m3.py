@@ -126,7 +126,10 @@ def _rows(
         dense = qdata[..., : part.size]
         dense = torch.nn.functional.pad(dense, (0, extra)) if (extra := -part.size % MULTIPLE) else dense.contiguous()
         dense = dense.clone() if dense.data_ptr() % MULTIPLE else dense
-        codes, powers = dense.view(torch.float8_e4m3fn), codec.decode(scale, part.format.scale)
+        codes = dense.view(torch.float8_e4m3fn)
+        if part.unit and outer is not None:
+            return codes, outer
+        powers = codec.decode(scale, part.format.scale)
     else:
         codes, powers = align_rows(qdata, scale, part.format, part.size, part.layout)
     return codes, powers if outer is None else powers * outer

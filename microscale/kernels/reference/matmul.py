@@ -21,7 +21,7 @@ from microscale.spec.format import FormatSpec
 class Parts:
     """A block-scaled operand without the subclass: `axis` (negative) is the blocked dimension, `size` its length.
 
-    `exact_rows`: as of a tensor's `Meta`.
+    `exact_rows`: as of a tensor's `Meta`. `unit`: all block scales are 1 (what they were is the outer scale now).
     """
 
     qdata: torch.Tensor
@@ -32,6 +32,7 @@ class Parts:
     size: int
     layout: str
     exact_rows: bool | None = None
+    unit: bool = False
 
     def dequantize(self, dtype: torch.dtype, *, with_outer: bool = True) -> torch.Tensor:
         """Return the values in the operand's own orientation."""
