@@ -10,7 +10,7 @@ from microscale.nn.grouped_gemm import GroupedCall, _check, _groups_of
 from microscale.nn.three_gemm import GemmState, _ThreeGemm
 from microscale.numerics.hadamard import hadamard
 from microscale.ops import graph
-from microscale.ops.rows import uses_rows
+from microscale.ops.rows import quantize_as_rows, uses_rows
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.training import LayerGemms
 from microscale.tensor import BlockScaledTensor
@@ -71,6 +71,18 @@ class _InferenceCall(GroupedCall):
 
     amax: torch.Tensor | None = None
     rows: BlockScaledTensor | None = None
+
+    def of_tokens(
+        self,
+        t: torch.Tensor,
+        rows: QuantizerSpec | None,
+        columns: QuantizerSpec | None,
+        seed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize x; as rows where experts are."""
+        if self.rows is None or rows is None:
+            return super().of_tokens(t, rows, columns, seed)
+        return quantize_as_rows(t, rows), t
 
     def fprop(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return x w.T of each group, by kept rows if there are any."""

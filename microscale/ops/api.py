@@ -289,10 +289,11 @@ def decode_table(element: str | Mapping[str, Any] | ElementSpec) -> torch.Tensor
 def explain(op: str, *args: Any, **kwargs: Any) -> dispatch.Explanation:
     """Say which kernel would run an op, and why each other one would not. Touches no data.
 
-    Forms: ("quantize", x, format, **changes), ("quantize_both", x, rows, columns=None), ("silu_mul_quantize", gate, up,
-    format, **changes), ("rms_norm_quantize", x, weight, eps, format, **changes), ("dequantize", q, dtype=None),
-    ("matmul", x, w) for `x @ w.T` as a linear layer computes it, ("grouped_matmul", x, w); or ("matmul", problem) with
-    a `dispatch.Problem`. Raises UnknownNameError for another op, InputError for an x and a w that do not fit.
+    Forms: ("quantize", x, format, **changes), ("quantize_both", x, rows, columns=None), ("quantize_rows", x, format,
+    **changes), ("silu_mul_quantize", gate, up, format, **changes), ("rms_norm_quantize", x, weight, eps, format,
+    **changes), ("dequantize", q, dtype=None), ("matmul", x, w) for `x @ w.T` as a linear layer computes it,
+    ("grouped_matmul", x, w); or ("matmul", problem) with a `dispatch.Problem`. Raises UnknownNameError for another op,
+    InputError for an x and a w that do not fit.
     """
     if args and isinstance(args[0], dispatch.Problem):
         return dispatch.explain_problem(args[0])

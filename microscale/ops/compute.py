@@ -16,7 +16,7 @@ from microscale.numerics.hadamard import hadamard
 from microscale.ops import api, direct, graph, library
 from microscale.ops.api import INPUT_DTYPES, dequantize, quantize
 from microscale.ops.late import late_parts
-from microscale.ops.rows import uses_rows
+from microscale.ops.rows import quantize_as_rows, uses_rows
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor, Meta, bare
 
@@ -305,7 +305,7 @@ def linear(
         short = None if torch.compiler.is_compiling() else short_linear(x, weight, bias)
         return torch.nn.functional.linear(x, weight, bias) if short is None else short
     rows = rows if rows is not None and uses_rows(x) else None
-    quantized = quantize(x, input_quantizer, amax=amax)
+    quantized = quantize(x, input_quantizer, amax=amax) if rows is None else quantize_as_rows(x, input_quantizer)
     recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if not recorded:
         factor = weight if rows is None else rows

@@ -1,13 +1,15 @@
-"""Weights as rows of E4M3 with one power of two each: what FP8 tensor cores without block scales multiply.
+"""Rows of E4M3 with one power of two each: what FP8 tensor cores without block scales multiply.
 
 `cublas.rows_e4m3` makes such rows of every MX operand, at every call. Of a weight they can be made once and kept
-beside it, for one more byte per element: `align_rows` makes them, `linear(..., rows=)` uses them.
+beside it, for one more byte per element: `align_rows` makes them, `linear(..., rows=)` uses them. Activations that meet
+such a weight become rows straight from their numbers (`quantize_rows`), the same codes as by way of blocks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 
@@ -16,12 +18,14 @@ from microscale.errors import InputError
 from microscale.kernels.cublas import grouped_rows_e4m3, rows_e4m3
 from microscale.kernels.reference import align_rows as reference
 from microscale.numerics import layout
-from microscale.ops import graph, library
+from microscale.ops import api, direct, graph, library
 from microscale.spec.format import ROW, FormatSpec, ScaleRuleSpec
 from microscale.spec.powers import with_powers
 from microscale.spec.quantizer import QuantizerSpec
-from microscale.spec.registry import find_element
+from microscale.spec.registry import QuantizerLike, find_element, find_quantizer
 from microscale.tensor import BlockScaledTensor, Meta
+
+library.LIBRARY.define("quantize_rows(Tensor x, str spec) -> (Tensor, Tensor)")
 
 MANY = 128  # rows of activations from which rows of E4M3 beat a prepared weight, measured on an H200
 
@@ -128,3 +132,61 @@ def _wants_exact() -> bool:
 def uses_rows(x: torch.Tensor, experts: int = 1) -> bool:
     """Return True for activations x [..., K] that rows of E4M3 serve best, MANY for each expert, if they may."""
     return x.numel() >= MANY * experts * x.shape[-1] and not _wants_exact()
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+
+
+def quantize_as_rows(x: torch.Tensor, spec: QuantizerSpec) -> BlockScaledTensor:
+    """Return `quantize(x, spec)` as `align_rows` would make it, from one read of x [..., R, K] if a kernel can.
+
+    For specs with an MX format that fits such rows, rounding to nearest; others are quantized and stay what they are.
+    """
+    if not reference.fits(spec.format) or spec.rounding != "nearest_even":
+        return api.quantize(x, spec)
+    if torch.compiler.is_dynamo_compiling():
+        graph.arm()
+        return _traced(x, spec.key)
+    return _as_rows(x, spec)
+
+
+@graph.in_graph
+def _traced(x: torch.Tensor, key: str) -> BlockScaledTensor:
+    return _as_rows(x, QuantizerSpec.from_key(key))
+
+
+def _as_rows(x: torch.Tensor, spec: QuantizerSpec) -> BlockScaledTensor:
+    api._check_input(x, -1, layout.STRIDED)
+    plain = x.detach()
+    if direct.is_direct(plain):
+        codes, powers = _run(plain, spec)
+    else:
+        codes, powers = torch.ops.microscale.quantize_rows(plain, spec.key)
+    return of_codes(codes, powers, x.shape[-1], x.dtype)
+
+
+def _run(x: torch.Tensor, spec: QuantizerSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    facts = (x.shape, x.dtype, x.device, library._order(x), spec.key)
+    made: tuple[torch.Tensor, torch.Tensor] = dispatch.select_by("quantize_rows", facts, _problem, x, spec).run(x, spec)
+    return made
+
+
+def _problem(x: torch.Tensor, format: QuantizerLike, **changes: Any) -> dispatch.Problem:
+    spec = find_quantizer(format, **changes)
+    operand = dispatch.Operand(tuple(x.shape), library.dtype_name(x.dtype), order=library._order(x))
+    return dispatch.Problem("quantize_rows", (operand,), x.device.type, library.capability(x.device), spec)
+
+
+@torch.library.impl(library.LIBRARY, "quantize_rows", "CompositeExplicitAutograd")
+def _quantize_rows(x: torch.Tensor, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return _run(x, QuantizerSpec.from_key(spec))
+
+
+@torch.library.register_fake("microscale::quantize_rows", lib=library.LIBRARY)
+def _fake(x: torch.Tensor, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
+    width = -(-x.shape[-1] // reference.ALIGN) * reference.ALIGN
+    codes = x.new_empty((*x.shape[:-1], width), dtype=torch.float8_e4m3fn)
+    return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+api.PROBLEMS["quantize_rows"] = _problem

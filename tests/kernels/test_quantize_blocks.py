@@ -71,6 +71,7 @@ def test_the_table_of_kernels_is_complete():
     composed = {
         "triton.quantize_turned",
         "triton.quantize_twice",
+        "triton.quantize_then_align",
         "triton.silu_mul_then_quantize",
         "triton.rms_norm_then_quantize",
     }

@@ -84,6 +84,26 @@ def test_what_is_refused():
             meta=prepare_module.dataclasses.replace(far.meta, exact_rows=False)))  # fmt: skip
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("shape", [(5, 96), (2, 3, 64), (4, 40)])
+def test_activations_become_the_rows_of_what_quantize_gives(fmt, shape):
+    x, spec = 3 * torch.randn(shape).bfloat16(), ms.find_quantizer(fmt)
+    made, q = rows.quantize_as_rows(x, spec), ms.quantize(x, spec)
+    codes, powers = reference.align_rows(q.qdata, q.scale, q.format, shape[-1], "strided")
+    assert made.shape == x.shape and made.dtype == x.dtype
+    assert torch.equal(made.qdata, codes.view(torch.uint8)[..., : shape[-1]]) and torch.equal(made.scale, powers)
+    assert ms.explain("quantize_rows", x, spec).chosen == "reference.quantize_rows"
+    torch.library.opcheck(torch.ops.microscale.quantize_rows, (x, spec.key))
+
+
+def test_other_activations_stay_what_they_are():
+    x = torch.randn(4, 64)
+    for spec in (ms.find_quantizer("fp8_row"), ms.find_quantizer("nvfp4")):
+        assert rows.quantize_as_rows(x, spec).format.name.startswith(spec.format.name)
+    with pytest.raises(InputError, match="needs a seed"):  # as `quantize` says of what a layer cannot give
+        rows.quantize_as_rows(x, ms.find_quantizer("mxfp8", rounding="stochastic"))
+
+
 # -- linear ------------------------------------------------------------------------------------------------------------
 
 

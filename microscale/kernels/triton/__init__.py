@@ -14,6 +14,7 @@ from microscale.kernels.triton import (
     quantize,
     quantize_blocks,
     quantize_both,
+    quantize_rows,
     wgmma,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "quantize",
     "quantize_blocks",
     "quantize_both",
+    "quantize_rows",
     "wgmma",
 ]
