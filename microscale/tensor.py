@@ -8,7 +8,8 @@ dimensions moved there):
   scale        [..., R, ceil(K/block)] (layout strided) or one swizzle_32_4_4 blob per matrix [..., n]; uint8 codes, or
                float32/bfloat16 for a scale dtype of that width
   outer_scale  float32, shape () or one dimension per logical dimension, broadcastable to the scales; None counts as 1
-Layout `fragments` (`microscale.prepare`) is that of a matrix whose qdata and scale keep their shapes, not their order.
+Layout `fragments` (`microscale.prepare`) is that of a matrix whose qdata and scale keep their shapes, not their order;
+or of experts [E, N, K], which are the matrix [E * N, K] in that order.
 
 The subclass law: `op(q).dequantize()` equals `op(q.dequantize())`, or the op raises and names the way out. The ops it
 takes are a closed list (`microscale.ops.aten`); nothing dequantizes on its own.
@@ -162,6 +163,8 @@ class BlockScaledTensor(torch.Tensor):
     def to_layout(self, scale_layout: str) -> BlockScaledTensor:
         """Return the same values with scales in layout `strided` or `swizzle_32_4_4`, or a matrix as `fragments`.
 
+        Experts [E, N, K], or [E, K, N] transposed, have the fragments of the matrix [E * N, K].
+
         Raises InputError for another layout, or for what has no fragments; `microscale.prepare` also asks whether
         they can be used.
         """
@@ -174,12 +177,12 @@ class BlockScaledTensor(torch.Tensor):
             return self._reordered(fragments.restore, layout.STRIDED).to_layout(scale_layout)
         scale = self.strided_scale()
         if scale_layout == layout.FRAGMENTS:
-            size = self.shape[self.meta.axis]
-            if self.dim() != 2 or not fragments.fits(self.format, self.numel() // max(1, size), size):
+            if not self._has_fragments():
                 raise InputError(
                     f"{self!r} has no layout fragments",
                     "it takes a matrix whose sizes are multiples of 64, in 4, 6 or 8 bits, with blocks of 16 or 32 and "
-                    "scales of 8 bits, or with one FP32 scale for each row",
+                    "scales of 8 bits, or with one FP32 scale for each row; or experts of such matrices, but for FP32 "
+                    "scales",
                 )
             plain = self.replace(scale=scale, meta=dataclasses.replace(self.meta, layout=layout.STRIDED))
             return plain._reordered(fragments.order, layout.FRAGMENTS)
@@ -188,8 +191,16 @@ class BlockScaledTensor(torch.Tensor):
             scale = layout.swizzle(rows if rows.dim() > 1 else rows[None])
         return self.replace(scale=scale, meta=dataclasses.replace(self.meta, layout=scale_layout))
 
+    def _has_fragments(self) -> bool:
+        """Whether layout `fragments` is one for this format and shape."""
+        axis, dims = self.meta.axis, self.dim()
+        if dims not in (2, 3) or axis < -2 or not self.numel():
+            return False
+        size, rows = self.shape[axis], self.shape[-3 - axis]
+        return fragments.fits(self.format, rows, size, experts=dims == 3)
+
     def _reordered(self, how: Callable[..., tuple[torch.Tensor, torch.Tensor]], scale_layout: str) -> BlockScaledTensor:
-        """Return the matrix with qdata and scale as `how` orders them, which takes the blocked dimension last."""
+        """Return the same with qdata and scale as `how` orders them, which takes the blocked dimension last."""
         axis = self.meta.axis
         rows = (self.qdata.movedim(axis, -1), self.scale.movedim(axis, -1), self.format, self.shape[axis])
         qdata, scale = (t.movedim(-1, axis) for t in how(*rows))

@@ -15,9 +15,10 @@ import torch
 from torch.nn import functional
 
 from microscale.bench import product
-from microscale.bench.matmul import Plan, Weights, partners_of, work
+from microscale.bench.matmul import PREPARED_ON, Plan, Weights, partners_of, work
 from microscale.bench.product import PLAIN, Product, Sample, normal, stored
-from microscale.ops import align_rows, explain, grouped_matmul, matmul, quantize
+from microscale.errors import MicroscaleError
+from microscale.ops import align_rows, explain, grouped_matmul, matmul, prepare, quantize
 from microscale.ops.rows import MANY, why_not
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor
@@ -50,17 +51,22 @@ def expert_products(
     for partner in partners:
         tokens = _Tokens.of(x, partner)
         for weights in experts.stored(plan.tokens, partner):
-            yield _dense(experts, tokens, weights)
+            if weights.suffix == weights.like:
+                yield _dense(experts, tokens, weights)
             for spread in SPREADS:
                 yield _grouped(experts, tokens, spread, weights)
 
 
 class _Stored(NamedTuple):
-    """What is multiplied by: all experts [E, N, K], the first of them, and what the case says of it."""
+    """What is multiplied by: all experts [E, N, K], the first of them, and what the case says of it.
+
+    `like`: what is said of the dense product that it is held against.
+    """
 
     experts: BlockScaledTensor
     first: BlockScaledTensor
-    suffix: str
+    suffix: str = ""
+    like: str = ""
 
 
 class Experts:
@@ -76,15 +82,22 @@ class Experts:
         self.first = Weights(plain[0], spec)
 
     def stored(self, tokens: int, partner: QuantizerSpec | None) -> Iterator[_Stored]:
-        """Yield the experts as they were quantized, and as a layer keeps rows of them, if it does for as many."""
-        yield _Stored(self.quantized, self.first.quantized, "")
+        """Yield the experts as they were quantized, prepared, and as a layer keeps rows of them, where it does."""
+        yield _Stored(self.quantized, self.first.quantized)
+        if self.plain.device.type in PREPARED_ON:
+            try:
+                made = prepare(self.quantized, quantized_activations=partner is not None)
+            except MicroscaleError:  # a format or sizes that it does not take
+                made = self.quantized
+            if made.scale_layout != self.quantized.scale_layout:
+                yield _Stored(made, self.first.quantized, ", prepared")
         if tokens >= MANY * len(self.plain) and why_not(self.quantized, partner) is None:
             yield self._kept
 
     @functools.cached_property
     def _kept(self) -> _Stored:
         made = align_rows(self.quantized)
-        return _Stored(made, made.select(0, 0), ", rows kept")  # type: ignore[arg-type]
+        return _Stored(made, made.select(0, 0), ", rows kept", ", rows kept")  # type: ignore[arg-type]
 
     @functools.cached_property
     def samples(self) -> list[Sample]:
@@ -152,7 +165,7 @@ def _grouped(experts: Experts, tokens: _Tokens, spread: str, weights: _Stored) -
     return Product(
         "grouped_matmul", f"{len(counts)} experts, {spread}{weights.suffix}", call=call, check=check, chosen=chosen,
         work=((stored(tokens.x) + used + 2 * m * n, 2 * m * n * k),),
-        like=f"dense, as {len(counts)} experts{weights.suffix}", **fields,
+        like=f"dense, as {len(counts)} experts{weights.like}", **fields,
     )  # fmt: skip
 
 

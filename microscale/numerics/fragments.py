@@ -8,6 +8,8 @@ The bytes are those of the plain layout in another order; qdata and scale keep t
     scale  [rows / 64, K / 64, g, block of the step, bytes of the rows g, g + 8, ..., g + 56]; or one FP32 number for
            each row, as in the plain layout, where a row is one block
 
+Experts [E, N, K] are the matrix [E * N, K] in this layout, in their own shape; FP32 scales of rows they do not have.
+
 A row's 16 codes are eight pairs; the two codes of a pair lie in the two halves of a word, at the same places. `places`
 puts their bits so that shifting a word and masking it leaves them where bfloat16 has them.
 """
@@ -103,34 +105,40 @@ def _longest(free: list[list[bool]], most: int) -> tuple[int, int, int]:
     return word, start, min(length, most)
 
 
-def fits(fmt: FormatSpec, rows: int, columns: int) -> bool:
+def fits(fmt: FormatSpec, rows: int, columns: int, *, experts: bool = False) -> bool:
     """Return True for matrices that have this layout: 4, 6 or 8 bits, sizes that are multiples of 64.
 
-    Blocks are of 16 or 32, with scales of 8 bits, or whole rows, with FP32 scales.
+    Blocks are of 16 or 32, with scales of 8 bits, or whole rows, with FP32 scales; not these for matrices of `experts`.
     """
     element, scale = fmt.element, fmt.scale
     regular = element.kind == "int" or (element.kind == "float" and element.subnormals and element.sign)
     regular = regular and element.width in (4, 6, 8)
-    blocks = scale.width == 8 if fmt.block in (16, 32) else scale.torch_dtype == "float32" and columns == fmt.block
+    whole = scale.torch_dtype == "float32" and columns == fmt.block and not experts
+    blocks = scale.width == 8 if fmt.block in (16, 32) else whole
     return regular and blocks and rows % ROWS == 0 and columns % DEPTH == 0 and rows * columns > 0
 
 
 def order(qdata: torch.Tensor, scale: torch.Tensor, fmt: FormatSpec, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return qdata [N, bytes] and scale [N, K / block] of a plain matrix [N, columns] in this layout."""
-    made = torch.empty_like(qdata, memory_format=torch.contiguous_format)
-    for part in _parts(qdata.shape[0], columns):
-        made[part] = to_fragments(packing.unpack(qdata[part], fmt.element.width), fmt.element)
-    return made, scale_to_fragments(scale, fmt.block)
+    """Return qdata [..., N, bytes] and scale [..., N, K / block] of plain matrices [..., N, columns] in this layout.
+
+    Both are dense, but for scales of whole rows, which stay as they are.
+    """
+    rows = qdata.reshape(-1, qdata.shape[-1])
+    made = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    for part in _parts(rows.shape[0], columns):
+        made[part] = to_fragments(packing.unpack(rows[part], fmt.element.width), fmt.element)
+    return made.view(qdata.shape), scale_to_fragments(scale, fmt.block)
 
 
 def restore(
     qdata: torch.Tensor, scale: torch.Tensor, fmt: FormatSpec, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the plain matrix's qdata and scale; the inverse of `order`."""
-    made = torch.empty_like(qdata, memory_format=torch.contiguous_format)
-    for part in _parts(qdata.shape[0], columns):
-        made[part] = packing.pack(from_fragments(qdata[part], fmt.element, columns), fmt.element.width)
-    return made, scale_from_fragments(scale, fmt.block)
+    """Return the plain matrices' qdata and scale; the inverse of `order`."""
+    rows = qdata.reshape(-1, qdata.shape[-1])
+    made = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    for part in _parts(rows.shape[0], columns):
+        made[part] = packing.pack(from_fragments(rows[part], fmt.element, columns), fmt.element.width)
+    return made.view(qdata.shape), scale_from_fragments(scale, fmt.block)
 
 
 def _parts(rows: int, columns: int) -> list[slice]:
@@ -180,21 +188,21 @@ def _rows_of_lane(element: ElementSpec) -> int:
 
 
 def scale_to_fragments(scale: torch.Tensor, block: int) -> torch.Tensor:
-    """Return scales uint8 [N, K / block] in this layout, same shape; those of whole rows as they are."""
+    """Return scales uint8 [..., N, K / block] in this layout, same shape; those of whole rows as they are."""
     if block >= DEPTH:
         return scale
-    rows, blocks = scale.shape
+    blocks = scale.shape[-1]
     parts = DEPTH // block
     # [rows/64, row of the lane, g, K/64, block] -> [rows/64, K/64, g, block, row of the lane]
-    view = scale.reshape(rows // ROWS, 8, 8, blocks // parts, parts)
-    return view.permute(0, 3, 2, 4, 1).contiguous().reshape(rows, blocks)
+    view = scale.reshape(scale.numel() // blocks // ROWS, 8, 8, blocks // parts, parts)
+    return view.permute(0, 3, 2, 4, 1).contiguous().reshape(scale.shape)
 
 
 def scale_from_fragments(scale: torch.Tensor, block: int) -> torch.Tensor:
-    """Return scales uint8 [N, K / block] of bytes that `scale_to_fragments` ordered."""
+    """Return scales uint8 [..., N, K / block] of bytes that `scale_to_fragments` ordered."""
     if block >= DEPTH:
         return scale
-    rows, blocks = scale.shape
+    blocks = scale.shape[-1]
     parts = DEPTH // block
-    view = scale.contiguous().reshape(rows // ROWS, blocks // parts, 8, parts, 8)
-    return view.permute(0, 4, 2, 1, 3).reshape(rows, blocks)
+    view = scale.contiguous().reshape(scale.numel() // blocks // ROWS, blocks // parts, 8, parts, 8)
+    return view.permute(0, 4, 2, 1, 3).reshape(scale.shape)

@@ -15,16 +15,19 @@ from microscale.errors import InputError, MicroscaleError
 from microscale.kernels.cublas import rows_e4m3
 from microscale.kernels.triton import fragments, ptx_decode
 from microscale.numerics import layout
-from microscale.ops import library, rows
+from microscale.ops import library, rows, structure
 from microscale.ops.rows import noted
 from microscale.spec.powers import with_powers
 from microscale.tensor import BlockScaledTensor
 
 DECODING, BLACKWELL = (8, 0), (10, 0)  # from where on weights are decoded in registers, and hardware takes them scaled
+HOPPER = (9, 0)  # where grouped products take experts in layout fragments
 
 
 def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -> BlockScaledTensor:
     """Return a weight [N, K] in layout `fragments`, for up to 64 rows of activations, 2048 on Hopper; or see the end.
+
+    Experts [E, N, K] too, on sm_90 alone: all matrices in that layout, for grouped products of bfloat16.
 
     The same bytes in another order, so nothing is lost and nothing takes more memory: `dequantize()`, slicing, saving
     and every matmul give what they gave (whatever is not a matmul or a transpose first restores the plain order).
@@ -32,27 +35,29 @@ def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -
 
     Raises InputError, with the reason, for a weight that the kernel cannot decode exactly: sizes that are no multiples
     of 64, codebooks, blocks other than 16, 32 or whole rows, FP32 scales of less than a row, or a scale of 8 bits so
-    large (or NaN) that bfloat16 lacks it.
+    large (or NaN) that bfloat16 lacks it; and for experts, unless they are on sm_90 and without FP32 scales.
 
-    With `quantized_activations` nothing is refused but experts. The weight has `meta.exact_rows` set where there is
-    such a question (see `noted`), and layout `fragments` if it can have it and is on a GPU where that serves every
-    number of rows: sm_80 to sm_90. Elsewhere, and on the CPU, it stays in a plain layout: Blackwell multiplies blocks
-    and scales itself and takes them as they are, as FP8 tensor cores take rows of E4M3 with one scale each. Prepare
-    weights on the device they will be used on.
+    With `quantized_activations` nothing is refused. The weight has `meta.exact_rows` set where there is such a question
+    (see `noted`), and layout `fragments` if it can have it and is on a GPU where that serves every number of rows:
+    sm_80 to sm_90, for experts sm_90. Elsewhere, and on the CPU, it stays in a plain layout: Blackwell multiplies
+    blocks and scales itself and takes them as they are, as FP8 tensor cores take rows of E4M3 with one scale each.
+    Prepare weights on the device they will be used on.
     """
     if not isinstance(weight, BlockScaledTensor):
         raise InputError(f"prepare takes a BlockScaledTensor, got {type(weight).__name__}", "quantize it first")
-    if weight.dim() > 2:
-        raise InputError(
-            f"prepare takes a weight [N, K], got experts {list(weight.shape)}",
-            "leave them as they are: grouped products take the plain layout",
-        )
+    if weight.dim() > 3:
+        raise InputError(f"prepare takes a weight [N, K] or experts [E, N, K], got {list(weight.shape)}")
     if quantized_activations:
         return _for_both(weight)
     if weight.scale_layout == layout.FRAGMENTS:
         return weight
     if weight.block_axis != -1:
         raise InputError(f"prepare takes a weight [N, K] with its blocks along K, got {weight!r}", "transpose it")
+    if weight.dim() == 3 and not _is_served(weight):
+        raise InputError(
+            f"prepare takes experts on a GPU of compute capability 9.0, got {list(weight.shape)} on {weight.device}",
+            "leave them as they are: grouped products take the plain layout",
+        )
     made = weight.to_layout(layout.FRAGMENTS)
     _check(weight)
     return made
@@ -61,7 +66,7 @@ def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -
 def _for_both(weight: BlockScaledTensor) -> BlockScaledTensor:
     """Return a weight ready for quantized activations, and for plain ones if it could be reordered."""
     found = noted(weight.to_layout(layout.STRIDED) if weight.scale_layout == layout.FRAGMENTS else weight)
-    if not decodes_on(weight.device) or _is_for_fp8(weight):
+    if not _is_served(weight) or _is_for_fp8(weight):
         return found
     if weight.scale_layout == layout.FRAGMENTS:
         known = weight.meta.exact_rows == found.meta.exact_rows
@@ -85,8 +90,23 @@ def decodes_on(device: torch.device) -> bool:
     return found is not None and DECODING <= found < BLACKWELL
 
 
+def _is_served(weight: BlockScaledTensor) -> bool:
+    """Return True for a weight, or experts, where there are kernels that multiply it in layout `fragments`."""
+    if weight.dim() < 3:
+        return decodes_on(weight.device)
+    return library.capability(weight.device) == HOPPER
+
+
 def _check(weight: BlockScaledTensor) -> None:
     """Raise InputError for values that the decode kernel does not get exactly."""
+    if weight.dim() < 3:
+        return _check_matrix(weight)
+    plain = weight.to_layout(layout.STRIDED)
+    for expert in range(weight.shape[0]):  # one by one, as codes are unpacked for it
+        _check_matrix(structure.select(plain, 0, expert))
+
+
+def _check_matrix(weight: BlockScaledTensor) -> None:
     fmt = weight.format
     scale, codes = weight.strided_scale(), weight.codes()
     odd = [code for code, value in enumerate(fmt.element.table) if not math.isfinite(value)]
@@ -113,7 +133,7 @@ _FOUND = {None: "", True: ", rows exact in E4M3", False: ", rows not exact in E4
 def prepare_(model: torch.nn.Module, *, keep_rows: bool = False) -> dict[str, str]:
     """Prepare every block-scaled weight of a model's linear layers, in place, for the activations that each takes.
 
-    Weights of experts stay as they are, which the result says too.
+    Experts stay as they are where `prepare` does not take them, which the result says too.
 
     With `keep_rows`, layers that quantize their activations also keep their weight as `align_rows` makes it, where that
     serves (sm_89 and sm_90): one more byte of memory per element, for many rows of activations at the speed of FP8

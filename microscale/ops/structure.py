@@ -51,9 +51,16 @@ def apply(
 
 
 def every_part(q: BlockScaledTensor, f: Parts) -> BlockScaledTensor:
-    """Apply `f`, which keeps shapes, to all parts in whatever layout."""
+    """Apply `f`, which keeps shapes, to all parts in whatever layout.
+
+    But where `f` makes a transposed prepared weight dense, its tiles would no longer be: then of the plain order.
+    """
+    qdata = f(q.qdata)
+    if q.scale_layout == layout.FRAGMENTS and not qdata.movedim(q.block_axis, -1).is_contiguous():
+        q = strided(q)
+        qdata = f(q.qdata)
     outer = None if q.outer_scale is None else f(q.outer_scale)
-    return q.replace(qdata=f(q.qdata), scale=f(q.scale), outer_scale=outer)
+    return q.replace(qdata=qdata, scale=f(q.scale), outer_scale=outer)
 
 
 def permute(q: BlockScaledTensor, dims: Sequence[int]) -> BlockScaledTensor:
@@ -67,7 +74,7 @@ def permute(q: BlockScaledTensor, dims: Sequence[int]) -> BlockScaledTensor:
         outer = q.outer_scale.permute(order) if q.outer_scale is not None and q.outer_scale.dim() else q.outer_scale
         meta = dataclasses.replace(q.meta, axis=new_axis - len(shape))
         return q.replace(qdata=q.qdata.permute(order), outer_scale=outer, meta=meta, shape=tuple(shape))
-    if q.scale_layout != layout.FRAGMENTS or order not in ([0, 1], [1, 0]):  # which keep their order, only turned
+    if q.scale_layout != layout.FRAGMENTS or order[:-2] != list(range(q.dim() - 2)):  # whose matrices are only turned
         q = strided(q)
     return apply(q, lambda t: t.permute(order), shape, new_axis)
 

@@ -53,6 +53,8 @@ def test_pairs_of_mx_formats_take_it_on_hopper():
     for a, b in itertools.product((*FORMATS, "fp8_row"), (*FORMATS, "fp8_row")):
         assert told(a=a, b=b).chosen == KERNEL, (a, b)
     assert told(k=100).chosen == told(layout="swizzle_32_4_4").chosen == KERNEL  # K is padded
+    found = told(layout="fragments")  # which other kernels take, too
+    assert KERNEL in (found.chosen, *found.passed_over)
     assert told(outer="vector").chosen == told(exact_rows=True).chosen == KERNEL
 
 
@@ -64,7 +66,7 @@ def test_what_it_refuses_and_why():
     assert "E4M3 can hold" in refusal(outer="mixed")
     assert "bfloat16 output" in refusal(out="float16") and "bfloat16 output" in refusal(out="float32")
     assert "multiples of 16" in refusal(n=264)
-    assert "layout" in refusal(layout="fragments")
+    assert "E4M3 can hold" in refusal(b="fp8_row", layout="fragments")  # codes in that order are no rows
     assert "prepare" in refusal(exact_rows=False)
     assert "at most 512 experts" in refusal(experts=513, tokens=2**20)
 
@@ -217,6 +219,18 @@ def test_weights_of_the_backward(on_cpu):
     check(got, a, b.mT, (9, 0, 31))
 
 
+@pytest.mark.parametrize("left", ["mxfp8", "fp8_row"])
+def test_prepared_experts_are_the_same_rows(left, on_cpu):
+    """Bit for bit those of the plain layout; K and N are multiples of 64, each expert whole tiles."""
+    for right, sizes in (("mxfp4", (9, 0, 30)), ("mxfp6", (40, 0, 0)), ("mxfp8", (0, 0, 5))):
+        a, b = made(left, right, 40, 3, 64, 192)
+        prepared = b.to_layout("fragments")
+        assert prepared.scale_layout == "fragments"
+        got = run(a, prepared, ends_of(sizes))
+        assert torch.equal(got, run(a, b, ends_of(sizes)))
+        check(got, a, b, sizes)
+
+
 def test_nothing_to_multiply(on_cpu):
     """No tokens, no experts, no columns, nothing to contract: zeros, and nobody is called."""
     for rows, experts, n, k in ((0, 3, 16, 64), (5, 0, 16, 64), (5, 3, 0, 64), (5, 3, 16, 0)):
@@ -306,6 +320,19 @@ def test_on_a_gpu(left, right, experts, record_property):
             got = ms.grouped_matmul(a, b.mT, ends)
             record_property(f"{n}x{k} spread {spread} over sum|a||b|", check(got, a, b, sizes, sums))
             assert torch.equal(got, ms.grouped_matmul(a, b.mT, ends))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("right", ["mxfp4", "mxfp6", "mxfp8"])
+def test_prepared_experts_on_a_gpu(right):
+    """The bytes are those of the plain layout, so the products are."""
+    hopper()
+    a, _ = made("mxfp8", right, 4096, 8, 256, 512, "cuda")
+    b = ms.quantize(torch.randn(8, 256, 512, device="cuda").bfloat16() / 16, right)  # within what prepare takes
+    prepared, ends = b.to_layout("fragments"), ends_of(spread_of(8, 4096), "cuda")
+    given = late.late(parts(a), -1), late.late(parts(b.mT), -2), late.late(parts(prepared.mT), -2)
+    plain, got = (grouped_rows_e4m3.grouped_matmul(given[0], w, ends, torch.bfloat16) for w in given[1:])
+    assert torch.equal(got, plain)
 
 
 @pytest.mark.gpu

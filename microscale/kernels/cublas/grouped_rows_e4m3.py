@@ -1,10 +1,11 @@
 """Two MX operands on the FP8 tensor cores of sm_90, by experts: `rows_e4m3` for tokens sorted by expert.
 
 Every token's row and every column of every expert's matrix becomes E4M3 codes times one power of two, or has that form
-already (FP8 with a scale per token). torch's grouped product (CUTLASS; cuBLAS has none for this) multiplies those by
-groups, with the two powers on its FP32 sums. What differs from the exact product is what `rows_e4m3` says: elements far
-below their row's largest, and sums of FP8 tensor cores, which go into FP32 every 128 along K (`use_fast_accum=False`).
-So the kernel is not exact, and `exact_products()` keeps it out.
+already (FP8 with a scale per token); prepared experts become the same from the order they lie in. torch's grouped
+product (CUTLASS; cuBLAS has none for this) multiplies those by groups, with the two powers on its FP32 sums. What
+differs from the exact product is what `rows_e4m3` says: elements far below their row's largest, and sums of FP8 tensor
+cores, which go into FP32 every 128 along K (`use_fast_accum=False`). So the kernel is not exact, and `exact_products()`
+keeps it out.
 
 Outer scales are constant along K here, so they join the FP32 scales of rows. The ends of the groups stay on the device:
 torch's kernel makes each group's problem there. It leaves rows after the last end as they were in memory, which are set
@@ -69,7 +70,7 @@ def large_matrices(problem: Problem) -> bool:
     "grouped_matmul", "cublas.grouped_rows_e4m3", priority=40, native=("cuda",), exact=False, bound=BOUND,
     requires=Requires(
         devices=("cuda",), min_capability=HOPPER, max_capability=HOPPER, packages=("triton",),
-        layouts=(layout.STRIDED, layout.SWIZZLED),
+        layouts=(*layout.LAYOUTS, layout.FRAGMENTS),
         checks=(
             ("needs tokens and one matrix for each expert, both block-scaled along the contraction", blocked_along_k),
             ("needs float elements of 4, 6 or 8 bits that E4M3 can hold, and exponent scales or one scale for each row",

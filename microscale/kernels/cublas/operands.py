@@ -48,14 +48,10 @@ def decode(
     qdata: torch.Tensor, scale: torch.Tensor, outer: torch.Tensor | None, fmt: FormatSpec, columns: int, kind: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """Return values [..., R, columns] as `reference.dequantize`, at memory's speed on a GPU. `kind`: the layout.
-
-    A prepared matrix is 1 of 1.
-    """
+    """Return values [..., R, columns] as `reference.dequantize`, at memory's speed on a GPU. `kind`: the layout."""
     if kind == layout.FRAGMENTS:
         run = fragments_dequantize if qdata.is_cuda else reference_dequantize
-        given = outer if outer is None or outer.dim() == 0 else outer[0]
-        return run(qdata[0], scale[0], given, fmt, columns, kind, dtype)[None]
+        return run(qdata, scale, outer, fmt, columns, kind, dtype)
     run = triton_dequantize if qdata.is_cuda else reference_dequantize
     return run(qdata, scale, outer, fmt, columns, kind, dtype)
 

@@ -20,6 +20,7 @@ import torch
 
 from microscale.kernels.reference import align_rows as reference
 from microscale.kernels.triton import ptx_decode
+from microscale.kernels.triton.fragments import row_parts
 from microscale.kernels.triton.launch import launch
 from microscale.numerics.fragments import DEPTH, ROWS
 from microscale.spec.format import FormatSpec
@@ -29,22 +30,26 @@ TOP_BYTES, TOP_WARPS = 8192, 8  # of scales that a program looks at together for
 
 
 def align_fragments(qdata: torch.Tensor, scale: torch.Tensor, fmt: FormatSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (float8_e4m3fn [N, K], FP32 [N, 1]) of qdata [N, bytes] and scale [N, K / block] in layout fragments.
+    """Return (float8_e4m3fn [..., N, K], FP32 [..., N, 1]) of qdata [..., N, bytes] and scale [..., N, K / block].
 
-    Bit-equal to the reference's `align_rows` of the plain matrix. Formats are those that both the reference's `fits`
-    and `numerics.fragments.fits` accept; K is a multiple of 64, so nothing is padded. Needs sm_89 or later.
+    They are a matrix, or experts, in layout fragments; bit-equal to the reference's `align_rows` of the plain one.
+    Formats are those that both the reference's `fits` and `numerics.fragments.fits` accept; K is a multiple of 64, so
+    nothing is padded. Needs sm_89 or later.
     """
     from microscale.kernels.triton import jit_align_fragments, jit_align_rows
 
-    rows, depth = qdata.shape[0], scale.shape[1] * fmt.block
-    strips, steps = rows // ROWS, depth // DEPTH
-    codes = torch.empty(rows, depth, dtype=torch.uint8, device=qdata.device)
-    row_scales = torch.empty(rows, 1, dtype=torch.float32, device=qdata.device)
+    shape, depth = qdata.shape[:-1], scale.shape[-1] * fmt.block
+    rows, steps = shape.numel(), depth // DEPTH
+    codes = torch.empty((*shape, depth), dtype=torch.uint8, device=qdata.device)
+    row_scales = torch.empty((*shape, 1), dtype=torch.float32, device=qdata.device)
     qdata, scale = _aligned(qdata), _aligned(scale)
-    launch(jit_align_rows.fragment_row_scales, strips, (scale, row_scales, steps), top_constants(fmt), TOP_WARPS)
+    launch(jit_align_rows.fragment_row_scales, rows // ROWS, (scale, row_scales, steps), top_constants(fmt), TOP_WARPS)
     chunks = -(-steps // WARPS)
-    args = (_words(qdata), _words(scale), row_scales.view(torch.int32), _words(codes), steps, chunks)
-    launch(jit_align_fragments.align_fragments, strips * chunks, args, constants_of(fmt), WARPS)
+    for part in row_parts(rows, depth):
+        given, scales, powers, made = (t.view(rows, t.shape[-1])[part] for t in (qdata, scale, row_scales, codes))
+        args = (_words(given), _words(scales), powers.view(torch.int32), _words(made), steps, chunks)
+        programs = given.shape[0] // ROWS * chunks
+        launch(jit_align_fragments.align_fragments, programs, args, constants_of(fmt), WARPS)
     return codes.view(torch.float8_e4m3fn), row_scales
 
 

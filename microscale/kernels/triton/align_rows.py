@@ -34,7 +34,7 @@ def align_rows(
     """Return (float8_e4m3fn [..., R, columns padded to 16], FP32 [..., R, 1]); arguments as the reference's.
 
     Bit-equal to the reference. Formats are those that the reference's `fits` accepts; qdata and scale are made
-    contiguous if they are not. A matrix in layout `fragments` is for `align_fragments.py`.
+    contiguous if they are not. What is in layout `fragments` is for `align_fragments.py`.
     """
     if scale_layout == layout.FRAGMENTS:
         return align_fragments(qdata, scale, fmt)
@@ -43,7 +43,9 @@ def align_rows(
     codes = torch.empty((*shape, width), dtype=torch.uint8, device=qdata.device)
     row_scales = torch.empty((*shape, 1), dtype=torch.float32, device=qdata.device)
     total = row_scales.numel()
-    if total and columns:
+    if not columns:
+        row_scales.fill_(2.0**reference.SMALLEST_ROW)
+    elif total:
         rows = shape[-1] if shape else 1
         blocks = -(-columns // fmt.block)
         swizzle = scale_layout == layout.SWIZZLED

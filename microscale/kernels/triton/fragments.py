@@ -181,6 +181,7 @@ def has_row_scales(fmt: FormatSpec) -> bool:
 
 
 _DEQUANTIZE_WARPS = 4
+MOST_VALUES = 2**31  # of one launch, which counts words of two or four of them in 32 bits
 
 
 @functools.lru_cache(maxsize=64)
@@ -194,15 +195,28 @@ def _dequantize_constants(fmt: FormatSpec) -> dict[str, Any]:
 
 
 def decode(qdata: torch.Tensor, scale: torch.Tensor, fmt: FormatSpec) -> torch.Tensor:
-    """Return bfloat16 [N, K] of qdata and scale in layout fragments, without FP32 scales, outer or of rows: exact."""
+    """Return bfloat16 [..., N, K] of qdata and scale in layout fragments, without FP32 scales, outer or of rows.
+
+    Exact. Both are dense, each [..., N, n].
+    """
     from microscale.kernels.triton import jit_fragments
 
-    rows, depth = qdata.shape[0], qdata.shape[1] * 8 // fmt.element.width
-    out = torch.empty(rows, depth, dtype=torch.bfloat16, device=qdata.device)
-    constants, total = _dequantize_constants(fmt), rows // ROWS * (depth // DEPTH)
-    args = (qdata, scale, out, total, depth // 2)
-    launch(jit_fragments.dequantize_fragments, -(-total // _DEQUANTIZE_WARPS), args, constants, _DEQUANTIZE_WARPS)
+    shape, depth = qdata.shape[:-1], qdata.shape[-1] * 8 // fmt.element.width
+    rows = shape.numel()
+    out = torch.empty((*shape, depth), dtype=torch.bfloat16, device=qdata.device)
+    constants = _dequantize_constants(fmt)
+    for part in row_parts(rows, depth):
+        codes, scales, values = (t.view(rows, t.shape[-1])[part] for t in (qdata, scale, out))
+        total = values.shape[0] // ROWS * (depth // DEPTH)
+        args = (codes, scales, values, total, depth // 2)
+        launch(jit_fragments.dequantize_fragments, -(-total // _DEQUANTIZE_WARPS), args, constants, _DEQUANTIZE_WARPS)
     return out
+
+
+def row_parts(rows: int, depth: int) -> list[slice]:
+    """Return ranges of the rows of a matrix [rows, depth], which experts may make long, that launches can address."""
+    step = max(ROWS, MOST_VALUES // depth // ROWS * ROWS)
+    return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
 @kernel(
@@ -222,7 +236,7 @@ def dequantize(
     scale_layout: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return values [N, columns]; arguments as `reference.dequantize`."""
+    """Return values [..., N, columns] of a matrix or experts; arguments as `reference.dequantize`."""
     values = decode(qdata.contiguous(), scale.contiguous(), fmt)
     outer_scale = scale if has_row_scales(fmt) else outer_scale  # no format has both
     if outer_scale is None:

@@ -163,23 +163,15 @@ def matmul(a: KernelOperand, b: KernelOperand, bias: torch.Tensor | None, out_dt
 
 def run(x: torch.Tensor, b: Parts, bias: torch.Tensor | None, out_dtype: torch.dtype, cut: Cut) -> torch.Tensor:
     """Return x [M, K] @ b [K, N] + bias for dense x, cut as `cut` says."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from microscale.kernels.triton import jit_fragments_wide, jit_wide_steps
 
     tile, (rows, depth), columns = cut.tile, x.shape, b.qdata.shape[-1]
     outer, outer_kind = fragments.outer_of(b.outer_scale, columns, x)
     bias = None if bias is None else bias.expand(columns).contiguous()
     added = x if bias is None else bias
-    x = x.clone() if x.data_ptr() % 16 else x
     # Whole tiles: the copy engine takes longer where it has to fill up. What rows that are too many give is not stored.
     steps, tiles_x = depth // DEPTH, -(-rows // tile.rows)
-    ordered = torch.empty(tiles_x * tile.rows, depth, dtype=x.dtype, device=x.device)
-    pairs = rows * depth // 2
-    launch(jit_wide_steps.order_pairs, -(-pairs // _ORDER["SIZE"]), (x, ordered, pairs), _ORDER, 4)
-    x_tiles = TensorDescriptor(
-        ordered, list(ordered.shape), [depth, 1], [tile.rows, DEPTH], jit_fragments_wide.X_LAYOUT
-    )
+    x_tiles = ordered(x, tile.rows, tiles_x * tile.rows)
     tiles_w = -(-columns // tile.columns)
     total = tiles_w * steps
     each = share_of(total, steps, cut.programs // tiles_x)
@@ -211,3 +203,19 @@ def run(x: torch.Tensor, b: Parts, bias: torch.Tensor | None, out_dtype: torch.d
         args = (parts, outer, added, out, rows, columns, steps, tiles_x, each)
         launch(jit_wide_steps.add_tiles, tiles_x * tiles_w * tile.columns // 16, args, last, 4)
     return out
+
+
+def ordered(x: torch.Tensor, rows: int, room: int) -> Any:
+    """Return a descriptor, of blocks of so many rows, of dense x [M, K] in the order of fragments, in `room` rows.
+
+    What rows past M hold is not said. The kernel that is launched next may begin before x is in order, see `CHAINED`.
+    """
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from microscale.kernels.triton import jit_fragments_wide, jit_wide_steps
+
+    depth, pairs = x.shape[1], x.numel() // 2
+    x = x.clone() if x.data_ptr() % 16 else x
+    made = torch.empty(room, depth, dtype=x.dtype, device=x.device)
+    launch(jit_wide_steps.order_pairs, -(-pairs // _ORDER["SIZE"]), (x, made, pairs), _ORDER, 4)
+    return TensorDescriptor(made, [room, depth], [depth, 1], [rows, DEPTH], jit_fragments_wide.X_LAYOUT)
