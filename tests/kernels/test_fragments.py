@@ -166,9 +166,9 @@ def test_a_model_is_prepared_and_saved_as_it_was(tmp_path):
     assert_same_bits(dict(other.named_parameters())["0.weight"].qdata, plain[0].qdata)
 
 
-def chosen(shape: tuple[int, ...], name: str, scale_layout: str = "fragments", capability: tuple[int, int] = (9, 0)):
+def chosen(shape, name, scale_layout="fragments", capability=(9, 0), outer=None):
     left = dispatch.Operand(shape, "bfloat16")
-    outer = "scalar" if ms.find_format(name).outer_scale is not None else None
+    outer = "scalar" if ms.find_format(name).outer_scale is not None else outer
     right = dispatch.Operand((8192, 4096), "uint8", ms.find_format(name), -2, scale_layout, outer)
     problem = dispatch.Problem("matmul", (left, right), "cuda", capability, None, "bfloat16")
     return dispatch.explain_problem(problem).chosen

@@ -19,6 +19,7 @@ def test_who_gets_which_rows():
         False, False, True, True, True, True, False
     ]  # fmt: skip
     assert [chosen((m, 4096), "mxfp6") == wide for m in (64, 1024, 1025)] == [True, True, False]
+    assert [chosen((m, 4096), "mxfp4", outer="vector") == wide for m in (4096, 4097)] == [True, False]
     assert chosen((64, 4096), "mxfp4", capability=(8, 0)) == "triton.matmul_fragments"
     assert chosen((128, 4096), "mxfp4", "strided") != wide
 

@@ -53,11 +53,15 @@ def is_ready(problem: Problem) -> bool:
 
 
 def many_tokens(problem: Problem) -> bool:
-    """Return True if there are MANY tokens for each expert, both numbers rounded up to powers of two; or `is_ready`."""
+    """Return True if there are MANY tokens for each expert, both numbers rounded up to powers of two; or `is_ready`.
+
+    Of prepared experts twice as many: the other kernel for these is as fast with as many.
+    """
     if is_ready(problem):
         return True
     tokens, experts = (max(o.shape[0] - 1, 0).bit_length() for o in problem.operands)
-    return tokens - experts >= MANY.bit_length() - 1
+    prepared = problem.operands[1].layout == layout.FRAGMENTS
+    return tokens - experts >= MANY.bit_length() - 1 + prepared
 
 
 def large_matrices(problem: Problem) -> bool:
@@ -81,7 +85,8 @@ def large_matrices(problem: Problem) -> bool:
             (f"needs columns in multiples of {MULTIPLE}", lambda p: p.operands[1].shape[-1] % MULTIPLE == 0),
             (f"needs at most {MOST_EXPERTS} experts", lambda p: 0 < p.operands[1].shape[0] <= MOST_EXPERTS),
             (f"needs matrices of more than {LARGE // 2} by {LARGE // 2}, or it is slower", large_matrices),
-            (f"needs {MANY} tokens for each expert, or weights are read more often than it saves", many_tokens),
+            (f"needs {MANY} tokens for each expert, twice as many if prepared, or weights cost more than it saves",
+             many_tokens),
         ),
     ),
 )  # fmt: skip

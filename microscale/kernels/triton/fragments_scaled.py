@@ -67,7 +67,8 @@ CHECKS = (
         checks=(
             *CHECKS,
             (f"is for at most {fragments_wide.MOST_ROWS} rows of activations, of 6 bits "
-             f"{fragments_wide.MOST_ROWS_OF_SIX}", lambda p: fragments_wide.has_rows(p, 1)),
+             f"{fragments_wide.MOST_ROWS_OF_SIX}, with scales of columns {fragments_wide.MOST_ROWS_SCALED}",
+             lambda p: fragments_wide.has_rows(p, 1)),
         ),
     ),
 )  # fmt: skip

@@ -29,6 +29,7 @@ from microscale.spec.format import FormatSpec
 
 LEAST_ROWS, MOST_ROWS = 17, 2048  # of x; above, decoding beforehand costs less than decoding for each tile of x
 MOST_ROWS_OF_SIX = 1024  # bits
+MOST_ROWS_SCALED = 4096  # with a scale for each column, which cuBLAS does not apply: another pass over the result
 SHARED = 227 << 10  # bytes of shared memory of an SM that programs can have, 1 KiB of each for the system
 FULL = 0.8  # of the programs that run at once: from this on tiles are cut into equal parts
 WHOLE = 0.9  # of the steps that a program would have with whole tiles: from this on it gets those
@@ -134,8 +135,9 @@ _ORDER = {"SIZE": 1024, "CHAIN": True}
 
 def has_rows(problem: Problem, least: int = LEAST_ROWS) -> bool:
     """Return True for so many rows of x, rounded up to a power of two, that this kernel is for."""
-    fmt = problem.operands[1].format
-    most = MOST_ROWS_OF_SIX if fmt is not None and held_by(fmt) == 4 else MOST_ROWS
+    weight = problem.operands[1]
+    most = MOST_ROWS_SCALED if weight.outer == "vector" else MOST_ROWS
+    most = MOST_ROWS_OF_SIX if weight.format is not None and held_by(weight.format) == 4 else most
     return least <= fragments.rows_of(problem.operands[0]) <= most
 
 
@@ -147,7 +149,8 @@ def has_rows(problem: Problem, least: int = LEAST_ROWS) -> bool:
         devices=("cuda",), min_capability=(9, 0), max_capability=(9, 0), packages=("triton",), dtypes=("bfloat16",),
         checks=(
             *fragments.CHECKS,
-            (f"is for {LEAST_ROWS} to {MOST_ROWS} rows of activations, of 6 bits to {MOST_ROWS_OF_SIX}", has_rows),
+            (f"is for {LEAST_ROWS} to {MOST_ROWS} rows of activations, of 6 bits to {MOST_ROWS_OF_SIX}, with scales of "
+             f"columns to {MOST_ROWS_SCALED}", has_rows),
         ),
     ),
     bound=BOUND,
