@@ -5,9 +5,8 @@
 
 A `Problem` describes a call without its data: specs, shapes, dtypes, layouts, device. Requirements look only at a
 problem, so that `explain` can answer before anything runs, and selections can be cached per problem class. A fallback
-is never silent: `explain` gives the reason of every refusal, and under `strict()` a fallback is an error. Nor is an
-approximation: a kernel that does not compute what the reference defines says so (`exact=False`), and does not run
-under `exact_products()`.
+is never silent: `explain` gives each refusal's reason, under `strict()` it is an error. Nor is an approximation: a
+kernel that does not compute what the reference defines says so (`exact=False`); `exact_products()` keeps it out.
 """
 
 from __future__ import annotations
@@ -218,7 +217,7 @@ class _Wishes(NamedTuple):
 
 
 def _wishes() -> _Wishes:
-    return _Wishes(_backend.get(), _strict.get(), _exact.get())
+    return _Wishes(_backend.get(), _strict.get(), wants_exact())
 
 
 def kernel(
@@ -278,9 +277,7 @@ def _within(wish: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block only kernels of this backend run ("reference", "triton", "cublas"); no other is a substitute.
-
-    Raises UnknownNameError for a name no kernel has.
-    """
+    Raises UnknownNameError for a name no kernel has."""
     if name not in backends():
         raise unknown_name("backend", name, backends())
     with _within(_backend, name):
@@ -296,10 +293,8 @@ def strict(enabled: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exact_products(enabled: bool = True) -> Iterator[None]:
-    """Within the block only kernels run whose products are those of the dequantized operands, summed in FP32.
-
-    What it keeps out are kernels with a wider bound of their own: FP8 tensor cores on operands re-encoded row by row.
-    """
+    """Within the block only kernels run whose products are those of the dequantized operands, summed in FP32: none with
+    a wider bound of its own, as FP8 tensor cores have on operands re-encoded row by row."""
     with _within(_exact, enabled):
         yield
 

@@ -10,7 +10,7 @@ from microscale.nn.grouped_gemm import GroupedCall, _check, _groups_of
 from microscale.nn.three_gemm import GemmState, _ThreeGemm
 from microscale.numerics.hadamard import hadamard
 from microscale.ops import graph
-from microscale.ops.rows import quantize_as_rows, uses_rows
+from microscale.ops.rows import in_dtype, quantize_as_rows, uses_rows
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.spec.training import LayerGemms
 from microscale.tensor import BlockScaledTensor
@@ -60,7 +60,8 @@ def _apply(
     rows: BlockScaledTensor | None,
 ) -> torch.Tensor:
     groups = _groups_of(offsets, x, 1, gemms)
-    rows = rows if rows is not None and uses_rows(x, rows.shape[0]) else None
+    if rows is not None:
+        rows = in_dtype(rows, x.dtype) if uses_rows(x, gemms.fprop_input, rows.shape[0]) else None
     call = _InferenceCall(gemms, GemmState(), x.dtype, torch.is_grad_enabled(), groups, amax, rows)
     return _ThreeGemm.apply(x, weight, None, call)  # type: ignore[no-untyped-call]
 

@@ -7,6 +7,7 @@ happens to be a BlockScaledTensor (state_dict, pickling, `.to(...)` and torch.co
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -43,9 +44,9 @@ class _QuantizedModule(torch.nn.Module):
             if dtype != weight.dtype and dtype in INPUT_DTYPES:
                 # Swapping keeps the parameter's identity, which tied modules and optimizers refer to.
                 torch.utils.swap_tensors(weight, _parameter(weight.as_dtype(dtype)))
-                rows = self._buffers.get(_ROWS)
-                if isinstance(rows, BlockScaledTensor):
-                    self._buffers[_ROWS] = rows.as_dtype(dtype)
+            rows = self._buffers.get(_ROWS)
+            if isinstance(rows, BlockScaledTensor) and dtype in INPUT_DTYPES:  # the weight may be a tied module's, too
+                self._buffers[_ROWS] = rows.as_dtype(dtype)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self._buffers.get(_AMAX)
         if amax is not None and moved is not None and moved.dtype != amax.dtype:
@@ -68,7 +69,8 @@ class _QuantizedModule(torch.nn.Module):
 class _QuantizedInput(_QuantizedModule):
     """What quantized layers share that multiply: an `input_quantizer`, the calibration of a static one, kept rows.
 
-    `weight_rows` (a buffer that is not saved): the weight as `microscale.align_rows` makes it, None unless kept.
+    `weight_rows`: the weight as `microscale.align_rows` makes it, None unless kept; a buffer that is neither saved nor
+    copied.
     """
 
     input_quantizer: QuantizerSpec | None
@@ -80,24 +82,41 @@ class _QuantizedInput(_QuantizedModule):
         self.register_buffer(_ROWS, rows, persistent=False)
         self._rows_of = None if rows is None else _state_of(self.weight)
 
-    def kept_rows(self, dtype: torch.dtype) -> BlockScaledTensor | None:
-        """Return the kept rows for products of a dtype; None, and they are gone, if the weight has changed since.
+    def kept_rows(self) -> BlockScaledTensor | None:
+        """Return the kept rows; None if there are none, or the weight was written to since.
 
-        Under torch.compile they are those of the time of tracing.
+        Neither writes through `.data` are seen, nor any by compiled code: call `keep_rows(None)`, or `prepare_` again.
         """
         rows = self._buffers.get(_ROWS)
         if not isinstance(rows, BlockScaledTensor):
             return None
         if not torch.compiler.is_compiling() and self._rows_of != _state_of(self.weight):
-            self.keep_rows(None)
             return None
-        return rows if rows.dtype == dtype else rows.as_dtype(dtype)
+        return rows
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Drop kept rows with the weight that they were made of."""
+        super().__setattr__(name, value)
+        if name == "weight" and self._rows_of is not None:
+            self.keep_rows(None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles have: all but kept rows."""
+        state = self.__dict__.copy()
+        state.pop("_rows_of", None)
+        if _ROWS in self._buffers:
+            state["_buffers"] = {name: t for name, t in self._buffers.items() if name != _ROWS}
+            state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - {_ROWS}
+        return state
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Move the module; kept rows move along."""
+        """Move the module; kept rows move along, but for "meta", where nothing has values."""
         current = self._rows_of is not None and self._rows_of == _state_of(self.weight)
         super()._apply(fn, recurse)
-        self._rows_of = _state_of(self.weight) if current else None
+        if self._rows_of is not None:
+            self._rows_of = _state_of(self.weight) if current else None
+            if not current or self.weight.device.type == "meta":
+                self.keep_rows(None)
         return self
 
     def calibrated_amax(self) -> torch.Tensor | None:
@@ -152,7 +171,7 @@ class QuantizedLinear(_QuantizedInput, torch.nn.Linear):
             dtype = torch.get_autocast_dtype(input.device.type)
             input = input.to(dtype)
             weight = weight.as_dtype(dtype) if isinstance(weight, BlockScaledTensor) else weight.to(dtype)
-        rows = self.kept_rows(weight.dtype)
+        rows = self.kept_rows()
         return ops.linear(input, weight, bias, input_quantizer=quantizer, amax=amax, rows=rows)
 
     def _own(self, name: str) -> Any:
@@ -189,7 +208,7 @@ class QuantizedGroupedLinear(_QuantizedInput, GroupedLinear):
         `offsets` as `GroupedLinear` takes them; `alignment` changes nothing here, where no blocks run along the tokens.
         Gradients, autocast and errors as in `QuantizedLinear`.
         """
-        rows = self.kept_rows(input.dtype)
+        rows = self.kept_rows()
         return grouped_linear(input, self.weight, offsets, self.gemms, self.calibrated_amax(), rows)
 
 
@@ -254,10 +273,14 @@ def _blank(plain: type[torch.nn.Module]) -> torch.nn.Module:
 
 
 def _state_of(weight: torch.Tensor) -> tuple[object, ...]:
-    """What differs once a weight or a part of it was written to, or another put in its place."""
+    """What differs once a weight or a part of it was written to, or another put in its place.
+
+    Tensors of inference mode have no version: what was made of them is never taken for current.
+    """
     parts = (weight.qdata, weight.scale) if isinstance(weight, BlockScaledTensor) else (weight,)
-    versions = (None if p.is_inference() else p._version for p in (weight, *parts))
-    return *versions, *(p.data_ptr() for p in parts)
+    versions = (object() if p.is_inference() else p._version for p in (weight, *parts))
+    # No references to the weight itself, which `swap_tensors` would refuse.
+    return *versions, *(p.data_ptr() for p in parts), *(weakref.ref(p) for p in parts if isinstance(p, torch.Tensor))
 
 
 def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:

@@ -27,6 +27,7 @@ from microscale.spec.format import FormatSpec
 
 ROWS = 64  # of a step of a warp
 DEPTH = 64  # and of K
+BFLOAT16_DIGITS = 8
 CHUNK = 1 << 24  # codes that are reordered at a time: the intermediate words take eight bytes and more each
 
 
@@ -109,12 +110,15 @@ def fits(fmt: FormatSpec, rows: int, columns: int, *, experts: bool = False) -> 
     """Return True for matrices that have this layout: 4, 6 or 8 bits, sizes that are multiples of 64.
 
     Blocks are of 16 or 32, with scales of 8 bits, or whole rows, with FP32 scales; not these for matrices of `experts`.
+    Scales of blocks leave values numbers of bfloat16's 8 digits, which is what codes are decoded to.
     """
     element, scale = fmt.element, fmt.scale
     regular = element.kind == "int" or (element.kind == "float" and element.subnormals and element.sign)
     regular = regular and element.width in (4, 6, 8)
     whole = scale.torch_dtype == "float32" and columns == fmt.block and not experts
-    blocks = scale.width == 8 if fmt.block in (16, 32) else whole
+    digits = element.width - 1 if element.kind == "int" else (element.mantissa or 0) + 1
+    exact = scale.exponent_only or digits + (scale.mantissa or 0) + 1 <= BFLOAT16_DIGITS
+    blocks = scale.width == 8 and exact if fmt.block in (16, 32) else whole
     return regular and blocks and rows % ROWS == 0 and columns % DEPTH == 0 and rows * columns > 0
 
 

@@ -16,7 +16,7 @@ from microscale.numerics.hadamard import hadamard
 from microscale.ops import api, direct, graph, library
 from microscale.ops.api import INPUT_DTYPES, dequantize, quantize
 from microscale.ops.late import late_parts
-from microscale.ops.rows import quantize_as_rows, uses_rows
+from microscale.ops.rows import in_dtype, quantize_as_rows, uses_rows
 from microscale.spec.quantizer import QuantizerSpec
 from microscale.tensor import BlockScaledTensor, Meta, bare
 
@@ -298,13 +298,17 @@ def linear(
     straight-through. Without, the gradient to x is exact. The weight gets no gradient.
 
     `rows`: the weight as `align_rows` made it, which x of 128 rows or more is multiplied by if it is quantized: FP8
-    tensor cores then take both operands as they lie. The gradient is the weight's. Within `exact_products()` it is left
-    alone.
+    tensor cores then take both operands as they lie. Only in bfloat16, for quantizers without an outer scale, and not
+    within `exact_products()` (under torch.compile: as it was when traced). The gradient is the weight's. Raises
+    InputError if their shape is not the weight's.
     """
     if input_quantizer is None:
         short = None if torch.compiler.is_compiling() else short_linear(x, weight, bias)
         return torch.nn.functional.linear(x, weight, bias) if short is None else short
-    rows = rows if rows is not None and uses_rows(x) else None
+    if rows is not None:
+        if rows.shape != weight.shape:
+            raise InputError(f"rows {list(rows.shape)} of a weight {list(weight.shape)}", "make them of it: align_rows")
+        rows = in_dtype(rows, x.dtype) if uses_rows(x, input_quantizer) else None
     quantized = quantize(x, input_quantizer, amax=amax) if rows is None else quantize_as_rows(x, input_quantizer)
     recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if not recorded:

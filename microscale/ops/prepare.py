@@ -13,7 +13,7 @@ import torch
 
 from microscale.errors import InputError, MicroscaleError
 from microscale.kernels.cublas import rows_e4m3
-from microscale.kernels.triton import fragments, ptx_decode
+from microscale.kernels.triton import fragments, grouped_fragments_wide, ptx_decode
 from microscale.numerics import layout
 from microscale.ops import library, rows, structure
 from microscale.ops.rows import noted
@@ -25,23 +25,23 @@ HOPPER = (9, 0)  # where grouped products take experts in layout fragments
 
 
 def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -> BlockScaledTensor:
-    """Return a weight [N, K] in layout `fragments`, for up to 64 rows of activations, 2048 on Hopper; or see the end.
+    """Return a weight [N, K] in layout `fragments`, for 64 rows of activations, on Hopper thousands; or see the end.
 
-    Experts [E, N, K] too, on sm_90 alone: all matrices in that layout, for grouped products of bfloat16.
+    Experts [E, N, K] too, up to 1024 and on sm_90 alone: all matrices in that layout, for grouped products of bfloat16.
 
     The same bytes in another order, so nothing is lost and nothing takes more memory: `dequantize()`, slicing, saving
     and every matmul give what they gave (whatever is not a matmul or a transpose first restores the plain order).
-    `weight.to_layout("strided")` undoes it. Reads the scales back to the host once: prepare before capturing graphs.
+    `weight.to_layout("strided")` undoes it. Waits for the device: prepare before capturing graphs.
 
     Raises InputError, with the reason, for a weight that the kernel cannot decode exactly: sizes that are no multiples
     of 64, codebooks, blocks other than 16, 32 or whole rows, FP32 scales of less than a row, or a scale of 8 bits so
-    large (or NaN) that bfloat16 lacks it; and for experts, unless they are on sm_90 and without FP32 scales.
+    large (or NaN) that bfloat16 lacks it; and for experts, unless they are on sm_90 and without FP32 scales of rows.
 
-    With `quantized_activations` nothing is refused. The weight has `meta.exact_rows` set where there is such a question
-    (see `noted`), and layout `fragments` if it can have it and is on a GPU where that serves every number of rows:
-    sm_80 to sm_90, for experts sm_90. Elsewhere, and on the CPU, it stays in a plain layout: Blackwell multiplies
-    blocks and scales itself and takes them as they are, as FP8 tensor cores take rows of E4M3 with one scale each.
-    Prepare weights on the device they will be used on.
+    With `quantized_activations` nothing but four dimensions is refused. The weight has `meta.exact_rows` set where
+    there is such a question (see `noted`), and layout `fragments` if it can have it and is on a GPU where that serves
+    every number of rows: sm_80 to sm_90, for experts sm_90. Elsewhere, and on the CPU, it stays in a plain layout:
+    Blackwell multiplies blocks and scales itself and takes them as they are, as FP8 tensor cores take rows of E4M3 with
+    one scale each. Prepare weights on the device they will be used on.
     """
     if not isinstance(weight, BlockScaledTensor):
         raise InputError(f"prepare takes a BlockScaledTensor, got {type(weight).__name__}", "quantize it first")
@@ -59,7 +59,7 @@ def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -
             "leave them as they are: grouped products take the plain layout",
         )
     made = weight.to_layout(layout.FRAGMENTS)
-    _check(weight)
+    check(weight)
     return made
 
 
@@ -94,10 +94,10 @@ def _is_served(weight: BlockScaledTensor) -> bool:
     """Return True for a weight, or experts, where there are kernels that multiply it in layout `fragments`."""
     if weight.dim() < 3:
         return decodes_on(weight.device)
-    return library.capability(weight.device) == HOPPER
+    return library.capability(weight.device) == HOPPER and weight.shape[0] <= grouped_fragments_wide.MOST_EXPERTS
 
 
-def _check(weight: BlockScaledTensor) -> None:
+def check(weight: BlockScaledTensor) -> None:
     """Raise InputError for values that the decode kernel does not get exactly."""
     if weight.dim() < 3:
         return _check_matrix(weight)
@@ -137,12 +137,13 @@ def prepare_(model: torch.nn.Module, *, keep_rows: bool = False) -> dict[str, st
 
     With `keep_rows`, layers that quantize their activations also keep their weight as `align_rows` makes it, where that
     serves (sm_89 and sm_90): one more byte of memory per element, for many rows of activations at the speed of FP8
-    tensor cores, which else get such rows made anew at every call. Kept rows are not saved, copied or loaded; loading
-    or setting a weight drops them, and so does the next call after a weight was written to.
+    tensor cores, which else get such rows made anew at every call. Kept rows are not saved, copied or loaded; setting
+    or loading a weight drops them, and after one was written to they are not used. Not seen are writes through `.data`,
+    nor any where torch.compile has traced the layer: prepare again after those.
 
     Returns {module name: "fragments", or why its weight stays as it was}; for layers that quantize their activations,
     the layout, "fragments" or a plain one, and what was found of a weight's rows: ", rows exact in E4M3" or ", rows not
-    exact in E4M3"; with `keep_rows` also ", rows kept" or ", rows not kept: " and why.
+    exact in E4M3"; with `keep_rows`, for every layer, also ", rows kept" or ", rows not kept: " and why.
     """
     done: dict[str, str] = {}
     for name, module in model.named_modules():

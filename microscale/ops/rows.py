@@ -96,7 +96,7 @@ def noted(weight: BlockScaledTensor) -> BlockScaledTensor:
 
 def of_codes(codes: torch.Tensor, powers: torch.Tensor, columns: int, dtype: torch.dtype) -> BlockScaledTensor:
     """Return rows from their E4M3 codes [..., R, columns or more] and FP32 powers of two [..., R, 1]."""
-    qdata = codes.view(torch.uint8)
+    columns, qdata = int(columns), codes.view(torch.uint8)  # a traced size would be symbolic
     qdata = qdata if qdata.shape[-1] == columns else qdata[..., :columns].contiguous()
     return BlockScaledTensor(qdata, powers, None, Meta(rows_format(columns)), (*codes.shape[:-1], columns), dtype)
 
@@ -113,14 +113,19 @@ def why_not(weight: torch.Tensor, quantizer: QuantizerSpec | None) -> str | None
     """Return why rows of a weight are of no use for activations of a quantizer; None if they are."""
     if quantizer is None:
         return "its activations are not quantized"
-    found = library.capability(weight.device)
-    if found is None or not rows_e4m3.ADA <= found <= rows_e4m3.HOPPER:
-        return "only sm_89 and sm_90 multiply them"
+    found, experts = library.capability(weight.device), weight.dim() > 2
+    if found not in ((rows_e4m3.HOPPER,) if experts else (rows_e4m3.ADA, rows_e4m3.HOPPER)):
+        return f"only {'sm_90' if experts else 'sm_89 and sm_90'} multiply them"
+    if weight.dtype != torch.bfloat16 or weight.shape[-2] % rows_e4m3.MULTIPLE:
+        return f"they are for layers in bfloat16 with a multiple of {rows_e4m3.MULTIPLE} outputs"
+    if quantizer.rounding != "nearest_even":
+        return "its activations are not rounded to nearest"
     fmt = quantizer.format
     if not reference.fits(fmt) and not (fmt.block == ROW and rows_e4m3.is_aligned(with_powers(fmt), True)):
         return f"activations in {fmt.name} do not become rows of E4M3"
-    if weight.dim() > 2 and any(n <= grouped_rows_e4m3.LARGE // 2 for n in weight.shape[-2:]):
-        return "experts' matrices of that size are multiplied faster as they are"
+    small = any(n <= grouped_rows_e4m3.LARGE // 2 for n in weight.shape[-2:])
+    if experts and (small or weight.shape[0] > grouped_rows_e4m3.MOST_EXPERTS):
+        return "experts of that size or number are multiplied faster as they are"
     return None
 
 
@@ -129,9 +134,19 @@ def _wants_exact() -> bool:
     return dispatch.wants_exact()
 
 
-def uses_rows(x: torch.Tensor, experts: int = 1) -> bool:
-    """Return True for activations x [..., K] that rows of E4M3 serve best, MANY for each expert, if they may."""
-    return x.numel() >= MANY * experts * x.shape[-1] and not _wants_exact()
+def uses_rows(x: torch.Tensor, quantizer: QuantizerSpec | None, experts: int = 1) -> bool:
+    """Return True for activations x [..., K] that rows of E4M3 serve best, MANY for each expert, if they may.
+
+    In bfloat16, as the kernels for them, and without an outer scale, which such rows have no place for.
+    """
+    if quantizer is None or quantizer.format.outer_scale is not None or x.dtype != torch.bfloat16 or x.dim() < 2:
+        return False
+    return x.numel() >= MANY * experts * x.shape[-1] > 0 and not _wants_exact()
+
+
+def in_dtype(rows: BlockScaledTensor, dtype: torch.dtype) -> BlockScaledTensor:
+    """Return the same rows for products of a dtype."""
+    return rows if rows.dtype == dtype else rows.as_dtype(dtype)
 
 
 # -- activations -------------------------------------------------------------------------------------------------------

@@ -352,6 +352,16 @@ def _empty(q: BlockScaledTensor, shape: Sequence[int]) -> BlockScaledTensor:
     return q.replace(qdata=qdata, scale=scale, outer_scale=outer, meta=meta, shape=tuple(shape))
 
 
+def _check_prepared(source: BlockScaledTensor) -> None:
+    """Raise InputError for values that a prepared tensor cannot take, because its kernels do not decode them."""
+    from microscale.ops.prepare import check
+
+    try:
+        check(source)
+    except InputError as error:
+        raise InputError(f"copy_ into a prepared weight: {error}", 'restore it by .to_layout("strided")') from None
+
+
 def copy_(target: BlockScaledTensor, source: Any) -> BlockScaledTensor:
     """Overwrite target's bytes by source's; both must be of one format, shape and orientation."""
     if not isinstance(source, BlockScaledTensor):
@@ -363,6 +373,8 @@ def copy_(target: BlockScaledTensor, source: Any) -> BlockScaledTensor:
         )
     if (target.outer_scale is None) != (source.outer_scale is None):
         raise UnsupportedOpError(f"copy_ of {source.format.name} into {target.format.name}", "requantize first")
+    if target.scale_layout == layout.FRAGMENTS and source.scale_layout != layout.FRAGMENTS:
+        _check_prepared(source)
     source = source.to_layout(target.scale_layout)
     if target.outer_scale is not None and source.outer_scale is not None:
         if target.outer_scale.dim() < source.outer_scale.dim() and source.outer_scale.numel() > 1:

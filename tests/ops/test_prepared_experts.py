@@ -221,6 +221,33 @@ def test_what_is_refused_on_hopper(on_hopper):
     assert ms.prepare(large, quantized_activations=True).meta.exact_rows is False
 
 
+def test_more_than_the_kernel_takes_stay(on_hopper):
+    q = ms.quantize(torch.zeros(1025, 64, 64).bfloat16(), "mxfp4")
+    with pytest.raises(ms.MicroscaleError, match="leave them as they are"):
+        ms.prepare(q)
+    assert ms.prepare(q, quantized_activations=True).scale_layout == "strided"
+
+
+def test_formats_whose_values_bfloat16_lacks_are_refused(on_hopper):
+    """Eleven digits: codes times scales would be rounded, and kernels would say that they are exact."""
+    fmt = ms.find_format("nvfp4_1level").variant(element=ms.find_element("int8"), block=32)
+    for shape in ((64, 64), (2, 64, 64)):
+        with pytest.raises(ms.MicroscaleError, match="has no layout fragments"):
+            ms.prepare(ms.quantize(torch.randn(shape).bfloat16(), fmt))
+
+
+def test_what_prepare_refuses_is_not_copied_into_prepared_weights(on_hopper):
+    target, source = (ms.quantize(torch.randn(64, 64).bfloat16(), "mxfp4") for _ in range(2))
+    target = ms.prepare(target)
+    target.copy_(source)
+    assert_same_quantized(target.to_layout("strided"), source)
+    source.scale[3, 1] = 200
+    before = target.dequantize()
+    with pytest.raises(ms.MicroscaleError, match="copy_ into a prepared weight: some scales"):
+        target.copy_(source)
+    assert torch.equal(target.dequantize(), before)
+
+
 def test_elsewhere_they_stay(monkeypatch):
     q, prepared = experts(), experts().to_layout("fragments")
     for capability in ((7, 5), (8, 0), (8, 9), (10, 0), (12, 0), None):
@@ -295,11 +322,11 @@ def test_models_keep_rows_of_prepared_experts(on_hopper, monkeypatch):
 
     monkeypatch.setattr(grouped_rows_e4m3, "LARGE", 1)
     monkeypatch.setattr(dispatch, "installed", lambda package: False)  # the reference makes them
-    model = Model("mxfp4_fp8")
+    model = Model("mxfp4_fp8").bfloat16()
     wanted = ms.align_rows(model.up.weight.detach())
     told = ms.prepare_(model, keep_rows=True)
     assert told["up"] == "fragments, rows exact in E4M3, rows kept"
-    kept = model.up.kept_rows(torch.float32)
+    kept = model.up.kept_rows()
     assert kept is not None and torch.equal(kept.qdata, wanted.qdata) and torch.equal(kept.scale, wanted.scale)
 
 

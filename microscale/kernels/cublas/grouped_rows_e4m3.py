@@ -65,9 +65,8 @@ def many_tokens(problem: Problem) -> bool:
 
 
 def large_matrices(problem: Problem) -> bool:
-    """Return True if experts' matrices have LARGE rows and columns, rounded up to powers of two; or `is_ready`."""
-    sizes = problem.operands[1].shape[-2:]
-    return is_ready(problem) or all((n - 1).bit_length() >= (LARGE - 1).bit_length() for n in sizes)
+    """Return True if the experts' matrices have LARGE rows and columns, both rounded up to powers of two."""
+    return all((n - 1).bit_length() >= (LARGE - 1).bit_length() for n in problem.operands[1].shape[-2:])
 
 
 @kernel(
@@ -85,7 +84,7 @@ def large_matrices(problem: Problem) -> bool:
             (f"needs columns in multiples of {MULTIPLE}", lambda p: p.operands[1].shape[-1] % MULTIPLE == 0),
             (f"needs at most {MOST_EXPERTS} experts", lambda p: 0 < p.operands[1].shape[0] <= MOST_EXPERTS),
             (f"needs matrices of more than {LARGE // 2} by {LARGE // 2}, or it is slower", large_matrices),
-            (f"needs {MANY} tokens for each expert, twice as many if prepared, or weights cost more than it saves",
+            (f"needs {MANY} tokens for each expert, twice as many if prepared, or rows that lie ready, or it is slower",
              many_tokens),
         ),
     ),

@@ -68,7 +68,7 @@ CHECKS = (
      _has_values),
     ("needs outer scales that are the same all along K", lambda p: all(o.outer != "mixed" for o in p.operands)),
     (f"is for at most {MOST_EXPERTS} experts", lambda p: p.operands[1].shape[0] <= MOST_EXPERTS),
-    (f"needs tokens, and at most 2**{MOST_BITS} elements of them", _has_tokens),
+    (f"needs tokens, and at most 2**{MOST_BITS} elements of them, both sizes rounded up to powers of two", _has_tokens),
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ import torch
 from microscale.dispatch import Operand, Problem, Requires, kernel
 from microscale.kernels.cublas.exact import BFLOAT16_BITS, significant_bits
 from microscale.kernels.reference.matmul import Parts
-from microscale.kernels.triton import properties, ptx_pairs, ptx_sixes
+from microscale.kernels.triton import dequantize, properties, ptx_pairs, ptx_sixes
 from microscale.kernels.triton.fragments import outer_of
 from microscale.kernels.triton.grouped import BOUND, Outers, spread, values_of
 from microscale.kernels.triton.launch import launch
@@ -84,6 +84,11 @@ def _is_deep(operand: Operand) -> bool:
     return size % max(64, 4 * fmt.block) == 0
 
 
+def _has_values(tokens: Operand) -> bool:
+    fmt = tokens.format
+    return fmt is None or (dequantize._fits(fmt) and significant_bits(fmt) <= BFLOAT16_BITS)
+
+
 def _few_rows(problem: Problem) -> bool:
     fmt = problem.operands[1].format
     rows = 1
@@ -112,7 +117,10 @@ def _requires(dims: int, *checks: tuple[str, Callable[[Problem], bool]]) -> Requ
 
 @kernel(
     "grouped_matmul", "triton.grouped_wgmma", priority=30, bound=BOUND,
-    requires=_requires(3, ("needs tokens", lambda p: p.operands[0].shape[0] > 0)),
+    requires=_requires(
+        3, ("needs tokens", lambda p: p.operands[0].shape[0] > 0),
+        ("needs tokens whose values, outer scales aside, are bfloat16 numbers", lambda p: _has_values(p.operands[0])),
+    ),
 )  # fmt: skip
 def grouped_matmul(a: torch.Tensor | Parts, b: Parts, offsets: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Return rows of a [T, K] times their expert's matrix of b [E, K, N]; arguments as `reference.grouped_matmul`."""
