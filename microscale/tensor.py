@@ -181,8 +181,8 @@ class BlockScaledTensor(torch.Tensor):
                 raise InputError(
                     f"{self!r} has no layout fragments",
                     "it takes a matrix whose sizes are multiples of 64, in 4, 6 or 8 bits, with blocks of 16 or 32 and "
-                    "scales of 8 bits, or with one FP32 scale for each row; or experts of such matrices, but for FP32 "
-                    "scales",
+                    "scales of 8 bits that leave bfloat16 numbers, or with one FP32 scale for each row; or experts of "
+                    "such matrices, but for FP32 scales of rows",
                 )
             plain = self.replace(scale=scale, meta=dataclasses.replace(self.meta, layout=layout.STRIDED))
             return plain._reordered(fragments.order, layout.FRAGMENTS)

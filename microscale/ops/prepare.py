@@ -34,8 +34,9 @@ def prepare(weight: BlockScaledTensor, *, quantized_activations: bool = False) -
     `weight.to_layout("strided")` undoes it. Waits for the device: prepare before capturing graphs.
 
     Raises InputError, with the reason, for a weight that the kernel cannot decode exactly: sizes that are no multiples
-    of 64, codebooks, blocks other than 16, 32 or whole rows, FP32 scales of less than a row, or a scale of 8 bits so
-    large (or NaN) that bfloat16 lacks it; and for experts, unless they are on sm_90 and without FP32 scales of rows.
+    of 64, codebooks, values of more digits than bfloat16 has, blocks other than 16, 32 or whole rows, FP32 scales of
+    less than a row, or a scale of 8 bits so large (or NaN) that bfloat16 lacks it; and for experts, unless they are on
+    sm_90 and without FP32 scales of rows.
 
     With `quantized_activations` nothing but four dimensions is refused. The weight has `meta.exact_rows` set where
     there is such a question (see `noted`), and layout `fragments` if it can have it and is on a GPU where that serves
