@@ -46,8 +46,8 @@ def align_rows(weight: BlockScaledTensor) -> BlockScaledTensor:
     its row's power of two, as it does in `cublas.rows_e4m3`, which else does this at every call. NaN stays NaN. Save
     the weight, not its rows.
 
-    Raises InputError for blocks that are not along K, formats that E4M3 cannot hold (`explain` says which), and rows of
-    4 or 6 bits whose exponents are too far apart.
+    Raises InputError for blocks that are not along K, formats that E4M3 cannot hold, and rows of 4 or 6 bits whose
+    exponents are too far apart.
     """
     if not isinstance(weight, BlockScaledTensor) or weight.dim() < 2 or weight.block_axis != -1:
         got = repr(weight) if isinstance(weight, BlockScaledTensor) else type(weight).__name__

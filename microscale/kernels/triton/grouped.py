@@ -50,9 +50,14 @@ class Tile(NamedTuple):
 # -- what is taken -----------------------------------------------------------------------------------------------------
 
 
+def is_decoded(operand: Operand) -> bool:
+    """Return True for a plain operand, or one whose values, outer scales aside, are bfloat16 numbers."""
+    fmt = operand.format
+    return fmt is None or (dequantize._fits(fmt) and significant_bits(fmt) <= BFLOAT16_BITS)
+
+
 def _exact(problem: Problem) -> bool:
-    formats = [o.format for o in problem.operands if o.format is not None]
-    return all(dequantize._fits(f) and significant_bits(f) <= BFLOAT16_BITS for f in formats)
+    return all(map(is_decoded, problem.operands))
 
 
 def _late(problem: Problem) -> bool:

@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 from microscale.dispatch import Problem, Requires, kernel
-from microscale.kernels.cublas.exact import BFLOAT16_BITS, significant_bits
 from microscale.kernels.reference.matmul import Parts
-from microscale.kernels.triton import dequantize, fragments_wide, properties
+from microscale.kernels.triton import fragments_wide, properties
 from microscale.kernels.triton.fragments_wide import CHAINED, SIX_TILES, TILES, Tile, held_by
-from microscale.kernels.triton.grouped import BAND, spread, values_of
+from microscale.kernels.triton.grouped import BAND, is_decoded, spread, values_of
 from microscale.kernels.triton.launch import launch
 from microscale.kernels.triton.wgmma import REGISTERS, lanes_of
 from microscale.numerics import layout
@@ -50,10 +49,8 @@ def _has_blocks(problem: Problem) -> bool:
 def _has_values(problem: Problem) -> bool:
     """Whether tokens are plain, or quantized along K, and bfloat16 numbers once decoded."""
     tokens = problem.operands[0]
-    if tokens.format is None:
-        return True
-    exact = dequantize._fits(tokens.format) and significant_bits(tokens.format) <= BFLOAT16_BITS
-    return exact and tokens.axis == -1 and tokens.layout in layout.LAYOUTS
+    blocked = tokens.axis == -1 and tokens.layout in layout.LAYOUTS
+    return is_decoded(tokens) and (tokens.format is None or blocked)
 
 
 def _has_tokens(problem: Problem) -> bool:

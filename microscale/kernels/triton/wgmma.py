@@ -31,9 +31,9 @@ import torch
 from microscale.dispatch import Operand, Problem, Requires, kernel
 from microscale.kernels.cublas.exact import BFLOAT16_BITS, significant_bits
 from microscale.kernels.reference.matmul import Parts
-from microscale.kernels.triton import dequantize, properties, ptx_pairs, ptx_sixes
+from microscale.kernels.triton import properties, ptx_pairs, ptx_sixes
 from microscale.kernels.triton.fragments import outer_of
-from microscale.kernels.triton.grouped import BOUND, Outers, spread, values_of
+from microscale.kernels.triton.grouped import BOUND, Outers, is_decoded, spread, values_of
 from microscale.kernels.triton.launch import launch
 from microscale.numerics import layout
 from microscale.spec.format import FormatSpec
@@ -84,11 +84,6 @@ def _is_deep(operand: Operand) -> bool:
     return size % max(64, 4 * fmt.block) == 0
 
 
-def _has_values(tokens: Operand) -> bool:
-    fmt = tokens.format
-    return fmt is None or (dequantize._fits(fmt) and significant_bits(fmt) <= BFLOAT16_BITS)
-
-
 def _few_rows(problem: Problem) -> bool:
     fmt = problem.operands[1].format
     rows = 1
@@ -119,7 +114,7 @@ def _requires(dims: int, *checks: tuple[str, Callable[[Problem], bool]]) -> Requ
     "grouped_matmul", "triton.grouped_wgmma", priority=30, bound=BOUND,
     requires=_requires(
         3, ("needs tokens", lambda p: p.operands[0].shape[0] > 0),
-        ("needs tokens whose values, outer scales aside, are bfloat16 numbers", lambda p: _has_values(p.operands[0])),
+        ("needs tokens whose values, outer scales aside, are bfloat16 numbers", lambda p: is_decoded(p.operands[0])),
     ),
 )  # fmt: skip
 def grouped_matmul(a: torch.Tensor | Parts, b: Parts, offsets: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
